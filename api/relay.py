@@ -1,0 +1,115 @@
+"""Between the backend's generators and one HTTP response: a task per prompt that drains, a bounded buffer, one reader.
+
+The reader gets whatever has come since it last looked, so a slow client makes larger writes instead of a longer queue. When
+the buffer stays full the client is cut off and the work on its request stops. However it ends, every generator is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from api.backend import Backend
+from protocol.errors import Failure, to_failure
+from protocol.events import Event, Failed, Finished
+from protocol.request import Request
+
+log = logging.getLogger(__name__)
+
+MAX_BUFFERED = 1024  # events of one response that its client has not taken yet
+
+
+class Relay:
+    """The events of one HTTP request's prompts. `close()` is called exactly once, in a finally.
+
+    observe: is told every terminal event, and the number of choices that it ends.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        requests: Sequence[Request],
+        slow_client_timeout_s: float,
+        observe: Callable[[Finished | Failed, int], None],
+    ) -> None:
+        self._backend = backend
+        self._slow_client_timeout_s = slow_client_timeout_s
+        self._observe = observe
+        self._buffer: list[tuple[int, Event]] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._room = asyncio.Event()
+        self.is_abandoned = False
+        self._tasks = [asyncio.create_task(self._drain(i, request)) for i, request in enumerate(requests)]
+
+    def abandon(self, *_: object) -> None:
+        """The client is gone: wakes the reader, which then closes."""
+        self.is_abandoned = True
+        self._wake()
+
+    async def take(self, timeout: float | None = None) -> list[tuple[int, Event]]:
+        """(prompt, event) pairs in order; [] when the timeout passed or the client is gone."""
+        if not self._buffer and not self.is_abandoned:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(timeout, self._wake) if timeout is not None else None
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+        batch, self._buffer = self._buffer, []
+        if len(batch) >= MAX_BUFFERED:
+            self._room.set()
+        return batch
+
+    async def close(self) -> None:
+        """Ends all work on the request. Returns when every generator is closed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _put(self, prompt: int, event: Event) -> None:
+        self._buffer.append((prompt, event))
+        self._wake()
+
+    async def _drain(self, prompt: int, request: Request) -> None:
+        """Exactly one terminal event comes out, whatever the generator does."""
+        events = self._backend.generate(request)
+        failure: Failure | None = None
+        try:
+            async for event in events:
+                self._put(prompt, event)
+                if isinstance(event, (Finished, Failed)):
+                    self._observe(event, request.sampling.n)
+                    return
+                if len(self._buffer) >= MAX_BUFFERED and not await self._wait_for_room():
+                    log.info("request %s: the client reads too slowly, cut off", request.request_id)
+                    self.abandon()
+                    return
+            log.error("request %s: its events ended without a last one", request.request_id)
+            failure = Failure("InternalError", "the answer ended without its last event; the gateway's log has the details")
+        except Exception as error:
+            log.exception("request %s", request.request_id)
+            failure = to_failure(error)
+        finally:
+            aclose = getattr(events, "aclose", None)
+            if aclose is not None:
+                await aclose()
+        failed = Failed(failure)
+        self._put(prompt, failed)
+        self._observe(failed, request.sampling.n)
+
+    async def _wait_for_room(self) -> bool:
+        self._room.clear()
+        try:
+            async with asyncio.timeout(self._slow_client_timeout_s):
+                await self._room.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,1 @@
+"""Ray lives here and nowhere else: CLI, Serve app, gateway, deployments, placement, health, metrics export."""

@@ -1,0 +1,113 @@
+"""What keeps a worker part of the cluster: registration, heartbeats, ticks of its leases, the canary. One agent per worker.
+
+The worker itself never hears of the scheduler. Called by `deployments.py` and `local.py`; torch-free, Ray-free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import msgspec
+import psutil
+
+from protocol.errors import NotFound, TandemError
+from protocol.messages import WorkerBeat, WorkerInfo, WorkerPhase, WorkerStats
+from protocol.network import Network
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+CALL_TIMEOUT_S = 2.0
+CANARY_AFTER_S = 10.0  # an idle worker proves every so often that it can still produce a token (R10)
+
+
+class Worker(Protocol):
+    """What the agent needs of a prefill or decode worker."""
+
+    is_draining: bool
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    def stats(self) -> WorkerStats: ...
+
+    def in_flight(self) -> tuple[tuple[str, int], ...]: ...
+
+    def tick(self) -> None: ...
+
+
+class Agent:
+    def __init__(
+        self,
+        worker: Worker,
+        info: WorkerInfo,
+        network: Network,
+        find_scheduler: Callable[[], Awaitable[str]],
+        heartbeat_s: float = 1.0,
+        canary: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.worker = worker
+        self.info = info
+        self._network = network
+        self._find_scheduler = find_scheduler
+        self._heartbeat_s = heartbeat_s
+        self._canary = canary
+        self._process = psutil.Process()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        await self._register()
+        self._tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._tick())]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _register(self) -> None:
+        peer = await self._network.connect(await self._find_scheduler())
+        await peer.call(self.info, CALL_TIMEOUT_S)
+
+    async def _beat(self) -> None:
+        """One heartbeat per period, whatever happens; an unknown incarnation (a new scheduler) registers again."""
+        while True:
+            try:
+                peer = await self._network.connect(await self._find_scheduler())
+                await peer.call(self._message(), CALL_TIMEOUT_S)
+            except NotFound:
+                await self._try_to_register()
+            except (TandemError, OSError) as error:
+                log.info("heartbeat: %s", error)
+            await asyncio.sleep(self._heartbeat_s)
+
+    async def _try_to_register(self) -> None:
+        try:
+            await self._register()
+        except (TandemError, OSError) as error:
+            log.info("registration: %s", error)
+
+    def _message(self) -> WorkerBeat:
+        stats = msgspec.structs.replace(self.worker.stats(), rss_bytes=self._process.memory_info().rss)
+        state = "draining" if self.worker.is_draining else "ready"
+        return WorkerBeat(self.info.incarnation, state, stats, self.worker.in_flight())
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            try:
+                self.worker.tick()
+                age = self.worker.stats().last_token_age_s
+                if self._canary is not None and self.worker.is_idle and not 0 <= age < CANARY_AFTER_S:
+                    await self._canary()
+            except Exception:
+                log.exception("a tick of %s failed", self.info.name)
+
+
+async def tell_phase(network: Network, scheduler: str, phase: WorkerPhase) -> None:
+    """Best effort: how far a start-up is."""
+    try:
+        (await network.connect(scheduler)).send(phase)
+    except (TandemError, OSError) as error:
+        log.debug("phase not told: %s", error)

@@ -1,0 +1,190 @@
+"""Puts a worker together from the configuration: model, pool, runner, transports, the worker itself and its papers.
+
+The one place that knows both the configuration's keys and the constructors' arguments. Called by `deployments.py` (one worker
+in a process of its own) and `local.py` (all in one process). No Ray here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
+
+import decode.worker
+import prefill.worker
+from configs.schema import Config
+from decode.worker import DecodeWorker
+from engine.batch import Chunk
+from engine.blocks import BlockPool
+from engine.memory import num_blocks_for
+from engine.runner import ModelRunner
+from engine.sequence import Sequence
+from kvtransfer.link import make_receivers, make_sender
+from kvtransfer.pool import KVPool
+from kvtransfer.process import boot_id, start_ticks
+from models.load import LoadedModel, LoadProgress, load_model
+from prefill.worker import PrefillWorker
+from protocol.kv import KVLayout
+from protocol.messages import WorkerInfo
+from protocol.network import Clock, Network
+from protocol.request import Request, SamplingParams
+
+_T = TypeVar("_T")
+Compute = Callable[[Callable[[], Any]], Awaitable[Any]]
+
+DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}  # tokens
+
+
+class Engine(NamedTuple):
+    """One model with a pool of its own; either role is built around one."""
+
+    loaded: LoadedModel
+    layout: KVLayout
+    kv: KVPool
+    pool: BlockPool
+    runner: ModelRunner
+    max_model_len: int
+
+
+def load(config: Config, progress: Callable[[LoadProgress], None] | None = None) -> LoadedModel:
+    model = config.model
+    return load_model(model.name, model.dtype, model.device, progress, model.revision or None)
+
+
+def build_engine(config: Config, loaded: LoadedModel, num_threads: int, num_sharers: int = 1) -> Engine:
+    """The pool and the runner of one worker. num_sharers: workers on this host that share its memory."""
+    model = config.model
+    device = str(loaded.device).split(":")[0]
+    layout = loaded.kv_layout(model.block_size or DEFAULT_BLOCK_SIZE[device])
+    max_model_len = model.max_len or loaded.config.max_position_embeddings
+    num_blocks = model.num_blocks_override or num_blocks_for(
+        layout,
+        device=str(loaded.device),
+        max_model_len=max_model_len,
+        kv_cache_bytes=model.kv_cache_bytes,
+        gpu_memory_utilization=model.gpu_memory_utilization,
+        num_sharers=num_sharers,
+    )
+    kv = KVPool(layout, num_blocks, str(loaded.device))
+    runner = ModelRunner(loaded, kv.tensor, layout, num_threads)
+    return Engine(loaded, layout, kv, BlockPool(num_blocks, layout.block_size, model.enable_prefix_caching), runner, max_model_len)
+
+
+def new_incarnation(role: str, index: int) -> str:
+    return f"{role}-{index}-{secrets.token_hex(6)}"
+
+
+def build_decode(
+    config: Config,
+    engine: Engine,
+    incarnation: str,
+    network: Network,
+    clock: Clock,
+    compute: Compute,
+    verify_compute: Compute,
+    secret: bytes,
+    transports: tuple[str, ...],
+) -> DecodeWorker:
+    settings = decode.worker.Settings(
+        incarnation=incarnation,
+        layout=engine.layout,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=config.decode.max_num_seqs,
+        max_num_batched_tokens=config.decode.max_num_batched_tokens,
+        enable_chunked_prefill=config.decode.enable_chunked_prefill,
+    )
+    receivers = make_receivers(engine.kv, transports, secret, config.transfer.bind_host)
+    return DecodeWorker(
+        settings, engine.runner, engine.pool, engine.kv, receivers, network, clock, compute, verify_compute, secret
+    )
+
+
+def build_prefill(
+    config: Config,
+    engine: Engine,
+    incarnation: str,
+    network: Network,
+    clock: Clock,
+    compute: Compute,
+    secret: bytes,
+    transports: tuple[str, ...],
+) -> PrefillWorker:
+    settings = prefill.worker.Settings(
+        incarnation=incarnation,
+        layout=engine.layout,
+        max_model_len=engine.max_model_len,
+        transports=transports,
+        boot_id=boot_id(),
+        pid=os.getpid(),
+        start_ticks=start_ticks(),
+        max_num_seqs=config.prefill.max_num_seqs,
+        max_num_batched_tokens=config.prefill.max_num_batched_tokens,
+        transfer_timeout_s=config.transfer.timeout_s,
+    )
+
+    def sender(endpoint: Any) -> Any:
+        return make_sender(endpoint, engine.kv, incarnation, secret)
+
+    return PrefillWorker(settings, engine.runner, engine.pool, sender, network, clock, compute, secret)
+
+
+def transports_of(config: Config) -> tuple[str, ...]:
+    """In order of preference."""
+    name = config.transfer.transport
+    return ("shm", "tcp") if name == "auto" else (name,)
+
+
+def worker_info(role: str, name: str, incarnation: str, config: Config, engine: Engine, network: Network) -> WorkerInfo:
+    return WorkerInfo(
+        incarnation=incarnation,
+        role=role,
+        name=name,
+        address=network.address,
+        model=served_name(config),
+        layout=engine.layout,
+        num_blocks=engine.pool.num_blocks,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=config.decode.max_num_seqs if role == "decode" else config.prefill.max_num_seqs,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        device=str(engine.loaded.device),
+    )
+
+
+def served_name(config: Config) -> str:
+    return config.model.served_name or config.model.name
+
+
+def canary(engine: Engine, worker: DecodeWorker | PrefillWorker, compute: Compute, clock: Clock) -> Callable[[], Awaitable[None]]:
+    """One token out of nothing, through the whole engine; proof that this worker can produce tokens (R10). Also the warm-up."""
+    request = Request(
+        request_id="canary", model="", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0)
+    )
+
+    async def run() -> None:
+        if engine.pool.num_free == 0:
+            return
+        sequence = Sequence(request)
+        sequence.blocks = engine.pool.allocate(1)
+        try:
+            result = await compute(lambda: engine.runner.run([Chunk(sequence, 1, (sequence,))]))
+        finally:
+            engine.pool.release(sequence.blocks)
+        if result.samples[0].error is None:
+            worker.last_token_at = clock()
+
+    return run
+
+
+def inline() -> Compute:
+    """Run the model on the event loop itself: one thread, one order of events, easy to step through."""
+
+    async def compute(function: Callable[[], _T]) -> _T:
+        result = function()
+        await asyncio.sleep(0)
+        return result
+
+    return compute

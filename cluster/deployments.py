@@ -1,0 +1,245 @@
+"""Ray Serve's side: the deployments Gateway, Prefill and Decode, and the actor that holds the scheduler.
+
+Thin on purpose: Ray places, restarts and drains processes; what they do is in `gateway.py`, `prefill/`, `decode/` and
+`scheduler_service.py`. torch is imported inside worker replicas only, so the gateway and Serve's controller start without it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import ray
+from ray import serve
+
+from cluster.wire import SocketNetwork
+from configs.schema import Config
+from protocol.errors import TandemError, WorkerLost
+from protocol.messages import WorkerPhase
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "tandem"
+SCHEDULER_NAME = "tandem-scheduler"
+DRAIN_S = 20.0  # how long a worker that is to go lets its requests end
+START_TIMEOUT_S = 30.0
+
+
+def decode_config(config_json: bytes) -> Config:
+    return msgspec.json.decode(config_json, type=Config)
+
+
+# ---- the scheduler ---------------------------------------------------------------------------------------------------
+
+
+class SchedulerActor:
+    """Holds the SchedulerService. Named, detached, restarted for ever; a new life is rebuilt from workers and gateways (R9)."""
+
+    def __init__(self, config_json: bytes, secret: bytes) -> None:
+        _title("scheduler")
+        self._config = decode_config(config_json)
+        self._secret = secret
+        self._network: SocketNetwork | None = None
+        self._lock = asyncio.Lock()
+        self._service: Any = None
+
+    async def address(self) -> str:
+        from cluster.metrics import ClusterMetrics
+        from cluster.scheduler_service import SchedulerService
+        from scheduler.scheduler import Scheduler
+
+        async with self._lock:
+            if self._network is None:
+                network = SocketNetwork("scheduler", self._secret, self._config.transfer.bind_host)
+                clock = asyncio.get_running_loop().time
+                scheduler = Scheduler(self._config.scheduler, random.Random())
+                self._service = SchedulerService(scheduler, network, clock, ClusterMetrics(self._config.model.served_name or self._config.model.name))
+                await self._service.start()
+                self._network = network
+        return self._network.address
+
+    async def status(self) -> dict[str, Any]:
+        await self.address()
+        return self._service.scheduler.status(asyncio.get_running_loop().time())
+
+
+def scheduler_actor(config_json: bytes, secret: bytes) -> Any:
+    """The one scheduler of this cluster, made if there is none."""
+    options = {
+        "name": SCHEDULER_NAME,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        "num_cpus": 0,
+        "max_concurrency": 1000,
+    }
+    return ray.remote(SchedulerActor).options(**options).remote(config_json, secret)
+
+
+class SchedulerFinder:
+    """Where the scheduler listens, asked again only when the connection to it is gone."""
+
+    def __init__(self, config_json: bytes, secret: bytes, network: SocketNetwork) -> None:
+        self._config_json = config_json
+        self._secret = secret
+        self._network = network
+        self._address: str | None = None
+        self._actor: Any = None
+
+    async def __call__(self) -> str:
+        if self._address is None or not self._network.is_connected(self._address):
+            if self._actor is None:
+                self._actor = scheduler_actor(self._config_json, self._secret)
+            try:
+                async with asyncio.timeout(START_TIMEOUT_S):
+                    self._address = await self._actor.address.remote()
+            except (TimeoutError, ray.exceptions.RayError) as error:
+                self._actor = None
+                raise WorkerLost(f"the scheduler does not answer: {type(error).__name__}") from None
+        return self._address
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+
+class WorkerReplica:
+    """One prefill or decode worker in a process of its own; the same class builds either role."""
+
+    async def __init__(self, role: str, config_json: bytes, secret: bytes) -> None:
+        self._started = time.monotonic()
+        self._role = role
+        self._config = config = decode_config(config_json)
+        index = _replica_index()
+        self.name = f"{role}:{index}"
+        _title(self.name)
+        self._network = SocketNetwork(self.name, secret, config.transfer.bind_host)
+        self._find = SchedulerFinder(config_json, secret, self._network)
+        self._compute_pool = ThreadPoolExecutor(1, "engine")
+        self._verify_pool = ThreadPoolExecutor(1, "verify")
+        await self._phase("importing", "")
+        loop = asyncio.get_running_loop()
+        assembly, self._torch_threads = await loop.run_in_executor(self._compute_pool, _import_engine, config)
+        incarnation = assembly.new_incarnation(role, index)
+        await self._phase("loading", config.model.name)
+        num_workers = config.prefill.replicas + config.decode.replicas
+
+        def build() -> Any:
+            loaded = assembly.load(config)
+            return assembly.build_engine(config, loaded, self._torch_threads(role), num_workers)
+
+        self.engine = engine = await loop.run_in_executor(self._compute_pool, build)
+        await self._phase("loaded", _describe(engine))
+        compute, verify = self._executor(self._compute_pool), self._executor(self._verify_pool)
+        transports = assembly.transports_of(config)
+        common = (config, engine, incarnation, self._network, loop.time, compute)
+        if role == "decode":
+            self.worker = assembly.build_decode(*common, verify, secret, transports)
+        else:
+            self.worker = assembly.build_prefill(*common, secret, transports)
+        await self.worker.start()
+        canary = assembly.canary(engine, self.worker, compute, loop.time)
+        await canary()
+        from cluster.agent import Agent
+
+        info = assembly.worker_info(role, self.name, incarnation, config, engine, self._network)
+        self._agent = Agent(self.worker, info, self._network, self._find, config.scheduler.heartbeat_s, canary)
+        self._loop_task = asyncio.create_task(self.worker.run())
+        await self._agent.start()
+        await self._phase("ready", f"{engine.pool.num_blocks} blocks of {engine.layout.block_size} tokens")
+
+    def check_health(self) -> None:
+        """Serve calls this; a worker whose loop ended is replaced."""
+        if self._loop_task.done():
+            raise RuntimeError(f"the engine loop of {self.name} ended: {self._loop_task}")
+
+    async def __del__(self) -> None:
+        """Serve sees none of our requests, so the drain happens here: no new work, then a bounded wait, then go."""
+        worker = getattr(self, "worker", None)
+        if worker is None:
+            return
+        worker.is_draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while not worker.is_idle:
+                    await asyncio.sleep(0.05)
+        self._loop_task.cancel()
+        await self._agent.close()
+        await self._network.close()
+
+    def _executor(self, pool: ThreadPoolExecutor) -> Any:
+        loop = asyncio.get_running_loop()
+        return lambda function: loop.run_in_executor(pool, function)
+
+    async def _phase(self, phase: str, detail: str) -> None:
+        from cluster.agent import tell_phase
+
+        message = WorkerPhase(self.name, self._role, "", phase, detail, time.monotonic() - self._started)
+        with contextlib.suppress(TandemError):
+            await tell_phase(self._network, await self._find(), message)
+
+
+def _import_engine(config: Config) -> tuple[Any, Any]:
+    """torch is imported here, off the event loop: seconds that a heartbeat must not wait for."""
+    from cluster import assembly
+
+    def threads(role: str) -> int:
+        asked = config.decode.num_threads if role == "decode" else config.prefill.num_threads
+        num_workers = config.prefill.replicas + config.decode.replicas
+        return asked or max(1, len(os.sched_getaffinity(0)) // num_workers)
+
+    return assembly, threads
+
+
+def _describe(engine: Any) -> str:
+    loaded = engine.loaded
+    return f"{loaded.config.architecture} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}"
+
+
+def _replica_index() -> int:
+    rank = serve.get_replica_context().rank
+    return int(getattr(rank, "rank", rank) or 0)
+
+
+def _title(name: str) -> None:
+    import setproctitle
+
+    setproctitle.setproctitle(f"tandem:{name}")
+    # Ctrl-C in a terminal reaches the whole process group; only the command itself decides what happens then.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---- the gateway -----------------------------------------------------------------------------------------------------
+
+
+@serve.ingress()
+class GatewayReplica:
+    """The HTTP door: FastAPI routes of api/ in front of `cluster.gateway.Gateway`. No torch in this process."""
+
+    async def __init__(self, config_json: bytes, secret: bytes, *pools: Any) -> None:
+        from cluster.door import Door
+
+        config = decode_config(config_json)
+        index = _replica_index()
+        _title(f"gateway:{index}")
+        network = SocketNetwork(f"gateway:{index}", secret, config.transfer.bind_host)
+        self._door = Door(config, network, SchedulerFinder(config_json, secret, network), f"gateway:{index}")
+        await self._door.start()
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        return self._door.app
+
+    async def __del__(self) -> None:
+        door = getattr(self, "_door", None)
+        if door is not None:
+            await door.close()

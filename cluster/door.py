@@ -1,0 +1,141 @@
+"""The HTTP door of one gateway replica: `api.build_app` in front of `Gateway`. No Ray, no torch; the scheduler says who is ready.
+
+Called by `deployments.GatewayReplica`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+
+from api.app import build_app
+from api.backend import ModelCard, Settings, hash_api_key
+from api.detokenize import Detokenizer
+from api.tokenizer import Tokenizer
+from cluster.gateway import Gateway, Limits
+from configs.schema import Config
+from models.config import read_config
+from models.locate import locate
+from protocol.errors import TandemError
+from protocol.events import Event
+from protocol.messages import AskMetrics, AskStatus, Metrics, Status
+from protocol.network import Network
+from protocol.request import Request
+
+log = logging.getLogger(__name__)
+
+STATUS_S = 0.5
+FRESH_TOKEN_S = 30.0  # ready means: a token was produced so recently (R10)
+
+
+def limits_of(config: Config) -> Limits:
+    gateway = config.gateway
+    return Limits(
+        queue_timeout_s=config.scheduler.queue_timeout_s,
+        prefill_timeout_s=gateway.prefill_timeout_s,
+        token_timeout_s=gateway.token_timeout_s,
+        recovery_timeout_s=gateway.recovery_timeout_s,
+        lease_s=config.transfer.lease_s,
+    )
+
+
+class Door:
+    """Implements `api.backend.Backend` over the gateway, and holds the FastAPI app."""
+
+    def __init__(
+        self, config: Config, network: Network, find_scheduler: Callable[[], Awaitable[str]], gateway_id: str
+    ) -> None:
+        folder = locate(config.model.name, config.model.revision)
+        model = read_config(folder)
+        self._tokenizer = Tokenizer(folder)
+        self._config = config
+        self._status: dict[str, Any] = {}
+        self._reason = "starting: no worker has reported yet"
+        served = config.model.served_name or config.model.name
+        self._card = ModelCard(
+            id=served,
+            root=str(folder),
+            max_model_len=min(config.model.max_len or model.max_position_embeddings, model.max_position_embeddings),
+            vocab_size=model.vocab_size,
+            eos_token_ids=model.eos_token_ids,
+            created=int(time.time()),
+            default_sampling=self._tokenizer.default_sampling,
+        )
+        self._gateway = Gateway(
+            gateway_id,
+            network,
+            find_scheduler,
+            lambda request: Detokenizer.for_request(self._tokenizer, request),
+            asyncio.get_running_loop().time,
+            limits_of(config),
+        )
+        key = config.gateway.api_key
+        settings = Settings(
+            api_keys={hash_api_key(key): "default"} if key else {},
+            salt_secret=os.urandom(16),
+            max_body_bytes=config.gateway.max_body_bytes,
+            promise_ttft_s=config.scheduler.ttft_target_s,
+            promise_tpot_s=config.scheduler.tpot_target_s,
+        )
+        self.app: FastAPI = build_app(self, self._tokenizer, settings)
+        self._watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self._gateway.start()
+        self._watching = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._gateway.close()
+
+    # ---- api.backend.Backend -----------------------------------------------------------------------------------------
+
+    def generate(self, request: Request) -> AsyncIterator[Event]:
+        return self._gateway.generate(request)
+
+    def models(self) -> list[ModelCard]:
+        return [self._card]
+
+    def is_ready(self) -> bool:
+        return not self._reason
+
+    def reason(self) -> str:
+        return self._reason
+
+    async def status(self) -> dict[str, Any]:
+        answer = await self._gateway.ask(AskStatus())
+        assert isinstance(answer, Status)
+        status: dict[str, Any] = msgspec.json.decode(answer.json)
+        return status
+
+    async def metrics(self) -> str:
+        answer = await self._gateway.ask(AskMetrics())
+        assert isinstance(answer, Metrics)
+        return answer.text
+
+    # ---- readiness ---------------------------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        """One decode worker that produced a token lately is enough: it can prefill for itself."""
+        while True:
+            try:
+                self._reason = _why_not_ready(await self.status())
+            except (TandemError, OSError) as error:
+                self._reason = f"the scheduler does not answer: {error}"
+            await asyncio.sleep(STATUS_S)
+
+
+def _why_not_ready(status: dict[str, Any]) -> str:
+    decode = [w for w in status.get("workers", ()) if w["role"] == "decode" and w["alive"]]
+    if not decode:
+        return "no decode worker is alive yet"
+    fresh = [w for w in decode if 0 <= w["stats"]["last_token_age_s"] < FRESH_TOKEN_S]
+    return "" if fresh else f"no decode worker has produced a token in the last {FRESH_TOKEN_S:.0f} s"

@@ -1,0 +1,323 @@
+"""The walk of one request, door to door. Read this file first; `Gateway.generate` is the function.
+
+    1 admit      scheduler: order, refuse early, place      -> Ticket
+    2 reserve    decode worker sets blocks aside            -> Grant
+    3 prefill    prefill worker computes the prompt's KV, samples token 1, pushes KV block by block
+    4 seal       prefill tells decode what it wrote; decode verifies; nothing of it passes through here
+    5 decode     one frame per engine step carries all tokens for this gateway
+    6 deliver    text, stop strings, exactly one terminal event, and the outcome for the scheduler's ledger
+
+The gateway drives and nobody else does: every retry, cancellation and failover is decided here. It knows no Ray, no
+HTTP and no torch; network, clock and detokenizer are given to it, so the same walk runs under Serve (`deployments.py`),
+inside one process (`tandem.LLM`) and in fault tests. What one request has been through so far is a `walk.Walk`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+
+from cluster.walk import Attempt, Detokenizer, PeerLost, Walk
+from engine.hashing import block_hashes
+from protocol.errors import (
+    DeadlineExceeded,
+    InternalError,
+    ReservationRefused,
+    TandemError,
+    TransferFailed,
+    WorkerLost,
+    from_failure,
+    to_failure,
+)
+from protocol.events import Event, Failed
+from protocol.lifecycle import Phase
+from protocol.messages import (
+    Admit,
+    Cancel,
+    GatewayBeat,
+    Message,
+    Ok,
+    Outcome,
+    Prefill,
+    Progress,
+    RequestFailed,
+    Reserve,
+    TokenFrame,
+    Withdraw,
+)
+from protocol.network import Clock, Network, Peer
+from protocol.request import Request
+from protocol.ticket import Grant, Ticket
+
+log = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S = 5.0
+BEAT_S = 1.0
+MAX_ATTEMPTS = 12  # of one request; each names another worker where there is one
+HASH_BLOCK_LEN = 64  # tokens; the cluster-wide unit of the scheduler's prefix index
+RETRYABLE = (WorkerLost, TransferFailed, ReservationRefused, DeadlineExceeded)
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """The gateway's deadlines, in seconds."""
+
+    queue_timeout_s: float = 120.0
+    prefill_timeout_s: float = 300.0  # reserved -> first token
+    token_timeout_s: float = 60.0  # silence between two tokens
+    recovery_timeout_s: float = 30.0  # how long to look for a scheduler or a worker that comes back
+    lease_s: float = 30.0
+
+
+class Gateway:
+    """Drives every request of one gateway replica.
+
+    find_scheduler: where the scheduler listens now (it may have moved). detokenizer: makes one per choice of a request.
+    """
+
+    def __init__(
+        self,
+        gateway_id: str,
+        network: Network,
+        find_scheduler: Callable[[], Awaitable[str]],
+        detokenizer: Callable[[Request], Detokenizer],
+        clock: Clock,
+        limits: Limits | None = None,
+    ) -> None:
+        self.gateway_id = gateway_id
+        self.limits = limits or Limits()
+        self._network = network
+        self._find_scheduler = find_scheduler
+        self._detokenizer = detokenizer
+        self._clock = clock
+        self._walks: dict[str, Walk] = {}
+        self._scheduler_address: str | None = None
+        self._beat: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()  # asyncio keeps only weak references to tasks
+
+    async def start(self) -> None:
+        await self._network.serve(self.handle, self.on_lost)
+        self._beat = asyncio.create_task(self._keep_beating())
+
+    async def close(self) -> None:
+        if self._beat is not None:
+            self._beat.cancel()
+        await self._network.close()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._walks)
+
+    # ---- the walk ------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        """Every event of one request; the last one, and only the last, is Finished or Failed.
+
+        Closing the generator early means that the client is gone: all work on the request stops.
+        """
+        assert request.request_id not in self._walks, "request ids are ours and unique"
+        if request.sampling.seed is None:  # drawn once, so that a resumption draws the same numbers
+            seeded = msgspec.structs.replace(request.sampling, seed=secrets.randbits(64))
+            request = msgspec.structs.replace(request, sampling=seeded)
+        walk = Walk(request, self._detokenizer, self._clock())
+        self._walks[request.request_id] = walk
+        failure: TandemError | None = None
+        try:
+            while True:
+                try:
+                    ticket = await self._admit(walk)
+                    grant = await self._reserve(walk, ticket)
+                    await self._prefill(walk, ticket, grant)
+                    while not walk.is_complete:
+                        for event in await self._receive(walk):
+                            yield event
+                    break
+                except TandemError as error:
+                    await self._retreat(walk, error)
+            walk.finish(self._clock())
+            yield walk.finished_event()
+        except TandemError as error:
+            failure = error
+            walk.move(Phase.FAILED)
+            yield Failed(to_failure(error))
+        except Exception as error:
+            log.exception("request %s", request.request_id)
+            failure = InternalError("the gateway failed; its log has the details")
+            walk.move(Phase.FAILED)
+            yield Failed(to_failure(error))
+        finally:
+            self._leave(walk, failure)
+
+    async def _admit(self, walk: Walk) -> Ticket:
+        request = walk.request
+        walk.move(Phase.QUEUED)
+        ticket = await self._ask_scheduler(
+            Admit(
+                request_id=request.request_id,
+                model=request.model,
+                tenant=request.tenant,
+                slo_class=request.slo_class,
+                priority=request.priority,
+                prompt_len=request.prompt_len + walk.max_delivered,
+                max_tokens=max(1, (request.sampling.max_tokens or 1) - walk.max_delivered),
+                num_choices=request.sampling.n,
+                prefix_hashes=walk.prefix_hashes(_hashes),
+                excluded=tuple(walk.excluded),
+                resumption=walk.num_attempts > 0,
+                local_prefill=walk.needs_local_prefill,
+                last_epoch=walk.epoch,
+                deadline_s=self.limits.queue_timeout_s,
+            ),
+            self.limits.queue_timeout_s + CALL_TIMEOUT_S,
+        )
+        assert isinstance(ticket, Ticket)
+        walk.begin(Attempt(ticket), self._clock())
+        return ticket
+
+    async def _reserve(self, walk: Walk, ticket: Ticket) -> Grant:
+        attempt = walk.attempt
+        attempt.decode = await self._network.connect(ticket.decode.address)
+        lease_s = self.limits.lease_s + 4 * ticket.predicted_ttft_s
+        message = Reserve(ticket, walk.request, walk.delivered_token_ids(), lease_s)
+        grant = await attempt.decode.call(message, CALL_TIMEOUT_S)
+        assert isinstance(grant, Grant)
+        walk.move(Phase.RESERVED)
+        return grant
+
+    async def _prefill(self, walk: Walk, ticket: Ticket, grant: Grant) -> None:
+        """Start the prefill. With ticket.prefill None the decode worker began by itself when it reserved."""
+        walk.move(Phase.PREFILLING)
+        if ticket.prefill is None:
+            return
+        attempt = walk.attempt
+        attempt.prefill = await self._network.connect(ticket.prefill.address)
+        answer = await attempt.prefill.call(Prefill(ticket, grant, walk.request, walk.delivered_token_ids()), CALL_TIMEOUT_S)
+        assert isinstance(answer, Ok)
+
+    async def _receive(self, walk: Walk) -> list[Event]:
+        """Wait for the next frame of this request and turn it into events. Raises what ended the attempt."""
+        timeout = self.limits.token_timeout_s if walk.attempt.has_tokens else self.limits.prefill_timeout_s
+        try:
+            async with asyncio.timeout(timeout):
+                item = await walk.inbox.get()
+        except TimeoutError:
+            raise WorkerLost(f"no token of {walk.request.request_id} for {timeout:.0f} s") from None
+        if isinstance(item, PeerLost):
+            raise WorkerLost(f"the {item.role} worker of {walk.request.request_id} is gone")
+        if isinstance(item, RequestFailed):
+            raise from_failure(item.failure)
+        before = walk.first_token_at
+        events = walk.absorb(item, self._clock())
+        if before is None and walk.first_token_at is not None:
+            self._tell_scheduler(Progress(walk.request.request_id, walk.epoch, walk.first_token_at - walk.placed_at))
+        for choice in walk.newly_stopped():
+            self._cancel(walk, choice)
+        return events
+
+    async def _retreat(self, walk: Walk, error: TandemError) -> None:
+        """An attempt failed: give back what it held, and let the loop try again, or raise when trying again is no use."""
+        if walk.phase is Phase.QUEUED:  # the scheduler's own answer, and it is final
+            raise error
+        self._cancel(walk)
+        walk.blame(error)
+        if not isinstance(error, RETRYABLE) or walk.num_attempts >= MAX_ATTEMPTS:
+            raise error
+        log.info("request %s, epoch %d: %s; trying again", walk.request.request_id, walk.epoch, error.message)
+        if isinstance(error, ReservationRefused):
+            await asyncio.sleep(0.02 * walk.num_attempts)
+
+    def _leave(self, walk: Walk, failure: TandemError | None) -> None:
+        """However the walk ended: nothing of it goes on anywhere, and the scheduler's ledger hears of it once."""
+        request = walk.request
+        del self._walks[request.request_id]
+        if walk.phase is Phase.QUEUED:
+            self._tell_scheduler(Withdraw(request.request_id))
+        if walk.phase is not Phase.FINISHED or walk.ended_at_prefill:
+            self._cancel(walk)
+        kind = "finished" if walk.phase is Phase.FINISHED else "failed" if failure is not None else "cancelled"
+        self._tell_scheduler(walk.outcome(Outcome, kind, type(failure).__name__ if failure else "", self._clock()))
+
+    def _cancel(self, walk: Walk, choice: int | None = None) -> None:
+        if walk.attempt_is_none:
+            return
+        for peer in (walk.attempt.prefill, walk.attempt.decode):
+            if peer is not None and not peer.is_closed:
+                peer.send(Cancel(walk.request.request_id, walk.epoch, choice))
+
+    # ---- what arrives --------------------------------------------------------------------------------------------
+
+    async def handle(self, peer: Peer, message: Message) -> Message | None:
+        if isinstance(message, TokenFrame):
+            for update in message.updates:
+                walk = self._walks.get(update.request_id)
+                if walk is not None and update.epoch == walk.epoch:
+                    walk.inbox.put_nowait(update)
+            return None
+        if isinstance(message, RequestFailed):
+            walk = self._walks.get(message.request_id)
+            if walk is not None and message.epoch == walk.epoch:
+                walk.inbox.put_nowait(message)
+            return None
+        raise TandemError(f"a gateway does not take {type(message).__name__}")
+
+    def on_lost(self, peer: Peer) -> None:
+        for walk in self._walks.values():
+            walk.peer_lost(peer)
+
+    # ---- the scheduler -------------------------------------------------------------------------------------------
+
+    async def _scheduler(self) -> Peer:
+        if self._scheduler_address is None:
+            self._scheduler_address = await self._find_scheduler()
+        try:
+            return await self._network.connect(self._scheduler_address)
+        except WorkerLost:
+            self._scheduler_address = None
+            raise
+
+    async def _ask_scheduler(self, message: Message, timeout: float) -> Message:
+        """A call that outlives the scheduler: when it dies, its successor is asked the same."""
+        deadline = self._clock() + self.limits.recovery_timeout_s
+        while True:
+            try:
+                peer = await self._scheduler()
+                return await peer.call(message, timeout)
+            except WorkerLost as error:
+                self._scheduler_address = None
+                if self._clock() > deadline:
+                    raise WorkerLost(f"no scheduler for {self.limits.recovery_timeout_s:.0f} s: {error.message}") from None
+                await asyncio.sleep(0.2)
+
+    async def ask(self, message: Message) -> Message:
+        """Status and metrics of the whole cluster, for the HTTP side."""
+        return await self._ask_scheduler(message, CALL_TIMEOUT_S)
+
+    def _tell_scheduler(self, message: Message) -> None:
+        """Best effort: what is lost here is corrected by the next beat of workers and gateways."""
+
+        async def tell() -> None:
+            try:
+                (await self._scheduler()).send(message)
+            except (TandemError, OSError) as error:
+                log.debug("not told to the scheduler: %s", error)
+
+        task = asyncio.create_task(tell())
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _keep_beating(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            in_flight = tuple((walk.request.request_id, walk.epoch) for walk in self._walks.values())
+            try:
+                peer = await self._scheduler()
+                await peer.call(GatewayBeat(self.gateway_id, in_flight), CALL_TIMEOUT_S)
+            except (TandemError, OSError) as error:
+                log.debug("beat: %s", error)
+
+
+def _hashes(token_ids: tuple[int, ...], salt: str) -> tuple[bytes, ...]:
+    return tuple(block_hashes(token_ids, HASH_BLOCK_LEN, salt.encode()))

@@ -1,0 +1,279 @@
+"""`tandem serve`: start a Ray of our own, deploy the application, tell how far it is, wait for Ctrl-C, leave nothing behind.
+
+Called by `cli.py` with a resolved configuration; imports Ray, so it is imported late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.load import Resolved
+from protocol.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+APP_NAME = "tandem"
+POLL_S = 0.1
+START_TIMEOUT_S = 600.0
+RESOURCE_UNITS = 4096  # of each role on one machine; how many fit is the user's choice, not Ray's
+OBJECT_STORE_BYTES = 128 << 20  # nothing of ours goes through it
+
+
+class Line:
+    """Prints `  12.3 s  text` lines; the clock starts with the command."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        print(f"{time.monotonic() - self.started:6.1f} s  {text}", flush=True)
+
+
+def run(resolved: Resolved) -> int:
+    """Serve until interrupted. -> the exit status."""
+    config = resolved.config
+    line = Line()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    _banner(resolved)
+    with _private_ray(line) as session:
+        secret = secrets.token_hex(32).encode()
+        actor = _deploy(config, secret, line)
+        if _wait_until_ready(config, actor, line, stop):
+            _say_hello(config, line)
+            _watch(config, actor, line, stop)
+        if session.failed:
+            return 1
+        print(flush=True)
+        line("stopping")
+    line("stopped")
+    return 0
+
+
+def _banner(resolved: Resolved) -> None:
+    from models.locate import locate
+
+    config = resolved.config
+    model = config.model
+    print(f"Tandem: {model.served_name or model.name} from {locate(model.name, model.revision)}")
+    if model.name == "bundled":
+        print("        a 3-million-parameter demonstration model trained on Python's standard library; it is here to show the walk, not to be wise")
+    if model.name == "toy":
+        print("        a hash function in the shape of a model: its text means nothing, and any wrong byte of KV changes it")
+    print(
+        f"        {config.prefill.replicas} prefill + {config.decode.replicas} decode, device {model.device}, "
+        f"KV over {config.transfer.transport}, cores {len(os.sched_getaffinity(0))}"
+    )
+    for note in resolved.notes:
+        print(f"        note: {note}")
+    sys.stdout.flush()
+
+
+class _Session:
+    failed = False
+
+
+@contextlib.contextmanager
+def _private_ray(line: Line) -> Iterator[_Session]:
+    """A Ray of our own, with token authentication, on loopback, in a directory of its own; gone afterwards."""
+    folder = tempfile.mkdtemp(prefix="tandem-", dir=_short_tmp())
+    os.environ.update(
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_DEDUP_LOGS="0",
+        RAY_SERVE_LOG_TO_STDERR="0",
+    )
+    os.environ.pop("RAY_ADDRESS", None)  # a foreign Ray on this machine is none of our business
+    import ray
+
+    session = _Session()
+    try:
+        ray.init(
+            address="local",
+            namespace="tandem",
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=True,
+            logging_level=logging.WARNING,
+            resources={"tandem_prefill": RESOURCE_UNITS, "tandem_decode": RESOURCE_UNITS},
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+        line("Ray is up (its own, private to this command)")
+        yield session
+    finally:
+        _shut_down(ray)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_tmp() -> str:
+    """Ray's sockets live below this path, and a socket's path has at most 107 bytes."""
+    default = tempfile.gettempdir()
+    return default if len(default) < 40 else "/tmp"
+
+
+def _shut_down(ray: Any) -> None:
+    """Serve drains what it has, then Ray ends every process it started; what is left after that is killed by its parentage."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    if ray.is_initialized():
+        from ray import serve
+
+        with contextlib.suppress(Exception):
+            serve.shutdown()
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+    _, alive = psutil.wait_procs(children, timeout=3)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _deploy(config: Any, secret: bytes, line: Line) -> Any:
+    """Hand the application to Serve without waiting for it. -> the scheduler's actor."""
+    import msgspec
+    from ray import serve
+
+    from cluster.app import application
+    from cluster.deployments import scheduler_actor
+
+    actor = scheduler_actor(msgspec.json.encode(config), secret)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": config.gateway.host, "port": config.gateway.port, "keep_alive_timeout_s": int(config.gateway.keep_alive_s)},
+    )
+    line("Serve is up")
+    serve.api._run(application(config, secret), _blocking=False, name=APP_NAME, route_prefix="/")
+    line("deployed: gateway, workers")
+    return actor
+
+
+def _url(config: Any) -> str:
+    host = config.gateway.host
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"
+
+
+def _is_healthy(config: Any) -> bool:
+    try:
+        with urllib.request.urlopen(f"{_url(config)}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def _wait_until_ready(config: Any, actor: Any, line: Line, stop: threading.Event) -> bool:
+    """Print each worker's phases as they come; True once /health says so. Raises ConfigError when a worker cannot start."""
+    seen: set[tuple[str, str]] = set()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not stop.is_set():
+        _print_phases(actor, seen, line)
+        if _is_healthy(config):
+            return True
+        _raise_if_failed()
+        if time.monotonic() > deadline:
+            raise ConfigError(f"not healthy after {START_TIMEOUT_S:.0f} s; {_logs()}")
+        stop.wait(POLL_S)
+    return False
+
+
+def _print_phases(actor: Any, seen: set[tuple[str, str]], line: Line) -> dict[str, Any]:
+    import ray
+
+    try:
+        status: dict[str, Any] = ray.get(actor.status.remote(), timeout=5)
+    except ray.exceptions.RayError:
+        return {}
+    for phase in status.get("phases", ()):
+        key = (phase["name"], phase["phase"])
+        if key not in seen:
+            seen.add(key)
+            line(f"{phase['name']:<10} {phase['phase']:<10} {phase['detail']} ({phase['elapsed_s']:.1f} s)")
+    return status
+
+
+def _raise_if_failed() -> None:
+    """A worker whose constructor failed says why in Serve's status; we say it in one sentence and stop."""
+    from ray import serve
+
+    with contextlib.suppress(Exception):
+        application = serve.status().applications.get(APP_NAME)
+        if application is None:
+            return
+        for name, deployment in application.deployments.items():
+            if str(deployment.status) in ("DeploymentStatus.DEPLOY_FAILED", "DEPLOY_FAILED", "DeploymentStatus.UNHEALTHY"):
+                raise _StartFailed(f"{name}: {_last_line(deployment.message)}")
+
+
+class _StartFailed(ConfigError):
+    pass
+
+
+def _last_line(message: str) -> str:
+    lines = [text.strip() for text in message.splitlines() if text.strip()]
+    ours = [text for text in lines if text.startswith("protocol.errors.")]
+    return (ours or lines or [""])[-1].removeprefix("protocol.errors.")
+
+
+def _logs() -> str:
+    return f"logs: {Path(tempfile.gettempdir()).joinpath('tandem-*', 'session_latest', 'logs')}"
+
+
+def _say_hello(config: Any, line: Line) -> None:
+    model = config.model.served_name or config.model.name
+    key = " -H 'Authorization: Bearer '$TANDEM_GATEWAY_API_KEY" if config.gateway.api_key else ""
+    url = _url(config)
+    line(f"ready: {url}/v1   dashboard: {url}/dashboard")
+    print(
+        f"""
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What does the prefill worker do, and what does the decode worker do?"}}]}}'
+
+Ctrl-C stops everything that was started.
+""",
+        flush=True,
+    )
+
+
+def _watch(config: Any, actor: Any, line: Line, stop: threading.Event) -> None:
+    """Until interrupted: tell of workers that come later, die or return."""
+    seen: set[tuple[str, str]] = set()
+    known: dict[str, str] = {}
+    expected = config.prefill.replicas + config.decode.replicas
+    while not stop.is_set():
+        status = _print_phases(actor, seen, line) if len(known) < expected else _status(actor)
+        alive = {w["name"]: w["incarnation"] for w in status.get("workers", ()) if w["alive"]}
+        for name in alive.keys() - known.keys():
+            line(f"{name} is serving")
+        for name in known.keys() - alive.keys():
+            line(f"{name} is gone; Serve starts another")
+        known = alive if status else known
+        stop.wait(1.0)
+
+
+def _status(actor: Any) -> dict[str, Any]:
+    import ray
+
+    try:
+        status: dict[str, Any] = ray.get(actor.status.remote(), timeout=5)
+        return status
+    except ray.exceptions.RayError:
+        return {}

@@ -1,0 +1,112 @@
+"""A whole cluster in one process, without Ray and without sockets: the same walk, workers and scheduler, so that a debugger can step
+through all of it.
+
+`tandem.LLM` runs on this. Every part is the one that Serve runs; only the network (loopback.py), the KV transport (memory) and
+`compute` (inline) are the small ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+
+from api.detokenize import Detokenizer
+from api.tokenizer import Tokenizer
+from cluster import assembly
+from cluster.agent import Agent
+from cluster.door import limits_of
+from cluster.gateway import Gateway
+from cluster.loopback import Hub
+from cluster.metrics import ClusterMetrics
+from cluster.scheduler_service import SchedulerService
+from configs.schema import Config
+from decode.worker import DecodeWorker
+from models.load import LoadedModel
+from models.locate import locate
+from prefill.worker import PrefillWorker
+from protocol.request import Request
+from scheduler.scheduler import Scheduler
+
+
+class LocalCluster:
+    """Build it, `await start()`, use `gateway`, `await close()`. All on one event loop."""
+
+    def __init__(self, config: Config, loaded: LoadedModel | None = None, encoded: bool = False) -> None:
+        self.config = config
+        self.loaded = loaded if loaded is not None else assembly.load(config)
+        self.tokenizer = Tokenizer(locate(config.model.name, config.model.revision or None))
+        self.workers: list[DecodeWorker | PrefillWorker] = []
+        self.engines: list[assembly.Engine] = []
+        self._hub = Hub(encoded)
+        self._secret = secrets.token_bytes(32)
+        self._agents: list[Agent] = []
+        self._loops: list[asyncio.Task[None]] = []
+        self.gateway: Gateway
+        self.service: SchedulerService
+
+    @property
+    def max_model_len(self) -> int:
+        return self.config.model.max_len or self.loaded.config.max_position_embeddings
+
+    def detokenizer(self, request: Request) -> Detokenizer:
+        return Detokenizer.for_request(self.tokenizer, request)
+
+    async def start(self) -> None:
+        clock = asyncio.get_running_loop().time
+        network = self._hub.network("scheduler")
+        metrics = ClusterMetrics(assembly.served_name(self.config))
+        self.service = SchedulerService(Scheduler(self.config.scheduler, random.Random(0)), network, clock, metrics)
+        await self.service.start()
+
+        async def find_scheduler() -> str:
+            return network.address
+
+        roles = [("decode", i) for i in range(self.config.decode.replicas)]
+        roles += [("prefill", i) for i in range(self.config.prefill.replicas)]
+        for role, index in roles:
+            await self._start_worker(role, index, len(roles), find_scheduler)
+        self.gateway = Gateway("gateway-0", self._hub.network("gateway"), find_scheduler, self.detokenizer, clock, limits_of(self.config))
+        await self.gateway.start()
+
+    async def _start_worker(self, role: str, index: int, num_workers: int, find_scheduler) -> None:
+        clock = asyncio.get_running_loop().time
+        threads = self.config.decode.num_threads if role == "decode" else self.config.prefill.num_threads
+        engine = assembly.build_engine(self.config, self.loaded, threads, num_workers)
+        network = self._hub.network(f"{role}-{index}")
+        incarnation = assembly.new_incarnation(role, index)
+        compute = assembly.inline()
+        worker: DecodeWorker | PrefillWorker
+        if role == "decode":
+            worker = assembly.build_decode(
+                self.config, engine, incarnation, network, clock, compute, compute, self._secret, ("memory",)
+            )
+        else:
+            worker = assembly.build_prefill(self.config, engine, incarnation, network, clock, compute, self._secret, ("memory",))
+        await worker.start()
+        info = assembly.worker_info(role, f"{role}:{index}", incarnation, self.config, engine, network)
+        agent = Agent(worker, info, network, find_scheduler, self.config.scheduler.heartbeat_s)
+        await agent.start()
+        self.workers.append(worker)
+        self.engines.append(engine)
+        self._agents.append(agent)
+        self._loops.append(asyncio.create_task(worker.run()))
+
+    async def settle(self, deadline_s: float = 10.0) -> None:
+        """Wait until no worker holds anything, then check every pool."""
+        async with asyncio.timeout(deadline_s):
+            while not all(worker.is_idle and worker.pool.num_used == 0 for worker in self.workers):
+                await asyncio.sleep(0.005)
+        for worker in self.workers:
+            worker.check_integrity()
+
+    async def close(self) -> None:
+        for agent in self._agents:
+            await agent.close()
+        for task in self._loops:
+            task.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        await self.gateway.close()
+        await self.service.close()
+        for engine in self.engines:
+            engine.kv.close()

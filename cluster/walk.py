@@ -1,0 +1,284 @@
+"""What one request has been through so far: its phase, its attempts, and per choice the tokens delivered.
+
+`gateway.py` decides, this remembers. The merge of token updates lives here: whatever workers die, resume, repeat or
+reorder, a choice's token indexes come out contiguous, each once (truth rule R5).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from protocol.errors import ReservationRefused, TandemError
+from protocol.events import Event, Finished, PromptScored, Timing, TokenLogprobs, Tokens, Usage
+from protocol.lifecycle import TERMINAL, Phase, move
+from protocol.messages import RequestFailed, TokenUpdate
+from protocol.network import Peer
+from protocol.request import Request
+from protocol.ticket import Ticket
+
+_OutcomeT = TypeVar("_OutcomeT")
+
+
+class Detokenizer(Protocol):
+    """One per choice: token ids in, text out, stop strings found. `api.detokenize.Detokenizer` is the real one."""
+
+    def feed(self, token_ids: list[int]) -> tuple[str, str | None]: ...
+
+    def flush(self) -> str: ...
+
+
+class PeerLost:
+    """Put into a walk's inbox when one of the attempt's workers is gone."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+
+
+class Attempt:
+    """One ticket's worth of work and the connections it goes over."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.decode: Peer | None = None
+        self.prefill: Peer | None = None
+        self.has_tokens = False
+        self.decode_has_begun = False
+
+
+class Choice:
+    """One of a request's n answers."""
+
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self.detokenizer = detokenizer
+        self.token_ids: list[int] = []
+        self.pending: dict[int, TokenUpdate] = {}  # updates beyond a gap, by their index
+        self.finish_reason: str | None = None
+        self.stopped_here = False  # by a stop string, which only the gateway sees
+
+
+class Walk:
+    """State of one request at the gateway. Times are the gateway's monotonic clock, seconds."""
+
+    def __init__(self, request: Request, detokenizer: Callable[[Request], Detokenizer], now: float) -> None:
+        self.request = request
+        self.phase = Phase.RECEIVED
+        self.choices = [Choice(detokenizer(request)) for _ in range(request.sampling.n)]
+        self.inbox: asyncio.Queue[TokenUpdate | RequestFailed | PeerLost] = asyncio.Queue()
+        self.epoch = 0
+        self.num_attempts = 0
+        self.num_resumptions = 0
+        self.excluded: list[str] = []
+        self.cached_tokens = 0
+        self.received_at = now
+        self.placed_at = now
+        self.first_placed_at: float | None = None
+        self.first_token_at: float | None = None
+        self.decode_began_at: float | None = None
+        self.last_progress_at = now
+        self._attempt: Attempt | None = None
+        self._prompt_scored = request.sampling.prompt_logprobs is None
+        self._held: list[TokenUpdate] = []
+        self._prefix_hashes: tuple[bytes, ...] | None = None
+        self._stopped: list[int] = []
+
+    # ---- where it stands -------------------------------------------------------------------------------------------
+
+    @property
+    def attempt(self) -> Attempt:
+        assert self._attempt is not None
+        return self._attempt
+
+    @property
+    def attempt_is_none(self) -> bool:
+        return self._attempt is None
+
+    @property
+    def is_complete(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    @property
+    def max_delivered(self) -> int:
+        return max(len(choice.token_ids) for choice in self.choices)
+
+    @property
+    def needs_local_prefill(self) -> bool:
+        """Choices that differ already, and prompts to be scored, are prefilled where they decode."""
+        if self.request.sampling.prompt_logprobs is not None:
+            return True
+        return len(self.choices) > 1 and self.max_delivered > 0
+
+    @property
+    def ended_at_prefill(self) -> bool:
+        """The grant was never used: somebody must give its blocks back."""
+        return self._attempt is not None and not self._attempt.decode_has_begun
+
+    def delivered_token_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Per choice what the client already has, for a worker that takes over; empty on the first attempt."""
+        if self.max_delivered == 0:
+            return ()
+        return tuple(tuple(choice.token_ids) for choice in self.choices)
+
+    def prefix_hashes(self, hashes: Callable[[tuple[int, ...], str], tuple[bytes, ...]]) -> tuple[bytes, ...]:
+        if self._prefix_hashes is None:
+            self._prefix_hashes = hashes(self.request.prompt_token_ids, self.request.cache_salt)
+        return self._prefix_hashes
+
+    # ---- what happens to it ----------------------------------------------------------------------------------------
+
+    def move(self, target: Phase) -> None:
+        if self.phase not in TERMINAL:
+            self.phase = move(self.phase, target)
+
+    def begin(self, attempt: Attempt, now: float) -> None:
+        assert attempt.ticket.epoch > self.epoch, "epochs only grow"
+        self.move(Phase.PLACED)
+        self._attempt = attempt
+        self.epoch = attempt.ticket.epoch
+        self.num_attempts += 1
+        self.num_resumptions += self.max_delivered > 0
+        self.placed_at = now
+        if self.first_placed_at is None:
+            self.first_placed_at = now
+        while not self.inbox.empty():  # what an earlier epoch left behind
+            self.inbox.get_nowait()
+        for choice in self.choices:
+            choice.pending.clear()
+
+    def blame(self, error: TandemError) -> None:
+        """Remember whom not to be placed on again. A refusal for lack of room is nobody's fault."""
+        attempt = self._attempt
+        if attempt is None or isinstance(error, ReservationRefused):
+            return
+        ticket = attempt.ticket
+        prefill_was_at_it = ticket.prefill is not None and self.phase in (Phase.RESERVED, Phase.PREFILLING, Phase.TRANSFERRING)
+        decode_is_gone = attempt.decode is None or attempt.decode.is_closed
+        blamed = ticket.prefill if prefill_was_at_it and not decode_is_gone else ticket.decode
+        assert blamed is not None
+        self.excluded = [*self.excluded[-7:], blamed.incarnation]
+
+    def peer_lost(self, peer: Peer) -> None:
+        attempt = self._attempt
+        if attempt is None:
+            return
+        if peer is attempt.decode:
+            self.inbox.put_nowait(PeerLost("decode"))
+        elif peer is attempt.prefill and not attempt.decode_has_begun:
+            self.inbox.put_nowait(PeerLost("prefill"))
+
+    def finish(self, now: float) -> None:
+        self.last_progress_at = now
+        self.move(Phase.FINISHED)
+
+    def newly_stopped(self) -> list[int]:
+        stopped, self._stopped = self._stopped, []
+        return [] if self.is_complete else stopped
+
+    # ---- tokens ----------------------------------------------------------------------------------------------------
+
+    def absorb(self, update: TokenUpdate | RequestFailed | PeerLost, now: float) -> list[Event]:
+        """Merge one update; the events that it completes, in order."""
+        assert isinstance(update, TokenUpdate)
+        events: list[Event] = []
+        attempt = self.attempt
+        attempt.has_tokens = True
+        self.cached_tokens = max(self.cached_tokens, update.cached_tokens)
+        if not update.from_prefill and not attempt.decode_has_begun:
+            attempt.decode_has_begun = True
+            self.decode_began_at = self.decode_began_at or now
+            self.move(Phase.DECODING)
+        elif update.from_prefill and self.phase is Phase.PREFILLING:
+            self.move(Phase.TRANSFERRING)
+        if not self._prompt_scored:
+            if update.prompt_logprobs is None:
+                self._held.append(update)
+                return events
+            self._prompt_scored = True
+            events.append(PromptScored(update.prompt_logprobs))
+        held, self._held = self._held, []
+        for item in (*held, update):
+            events += self._merge(item, now)
+        return events
+
+    def _merge(self, update: TokenUpdate, now: float) -> list[Event]:
+        choice = self.choices[update.choice]
+        known = choice.pending.get(update.index)
+        if known is None or len(known.tokens) < len(update.tokens):
+            choice.pending[update.index] = update
+        events: list[Event] = []
+        while choice.finish_reason is None:
+            ready = next((u for i, u in choice.pending.items() if i <= len(choice.token_ids)), None)
+            if ready is None:
+                break
+            del choice.pending[ready.index]
+            skip = len(choice.token_ids) - ready.index  # what was delivered before: a repeat
+            if skip >= len(ready.tokens):
+                continue
+            self.first_token_at = self.first_token_at if self.first_token_at is not None else now
+            self.last_progress_at = now
+            events.append(self._deliver(choice, ready, skip))
+        return events
+
+    def _deliver(self, choice: Choice, update: TokenUpdate, skip: int) -> Tokens:
+        tokens, logprobs = list(update.tokens[skip:]), update.logprobs[skip:] if update.logprobs else None
+        start = len(choice.token_ids)
+        text, taken, stop = "", 0, None
+        for token in tokens:
+            piece, stop = choice.detokenizer.feed([token])
+            text += piece
+            taken += 1
+            if stop is not None:
+                break
+        choice.token_ids += tokens[:taken]
+        stop_reason: int | str | None = update.stop_reason
+        if stop is not None:
+            choice.finish_reason, stop_reason = "stop", stop
+            if update.finish_reason is None:
+                self._stopped.append(update.choice)
+        elif update.finish_reason is not None:
+            choice.finish_reason = update.finish_reason
+            text += choice.detokenizer.flush()
+        kept: tuple[TokenLogprobs, ...] | None = tuple(logprobs[:taken]) if logprobs is not None else None
+        return Tokens(update.choice, start, tuple(tokens[:taken]), text, kept, choice.finish_reason, stop_reason)
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def timing(self, now: float) -> Timing:
+        placed = self.first_placed_at if self.first_placed_at is not None else now
+        first = self.first_token_at if self.first_token_at is not None else now
+        began = self.decode_began_at if self.decode_began_at is not None else first
+        return Timing(
+            queue_s=placed - self.received_at,
+            prefill_s=first - placed if self.first_token_at is not None else 0.0,
+            transfer_s=max(0.0, began - first),
+            decode_s=max(0.0, self.last_progress_at - first),
+            ttft_s=first - self.received_at if self.first_token_at is not None else 0.0,
+            e2e_s=now - self.received_at,
+        )
+
+    def usage(self) -> Usage:
+        completion = sum(len(choice.token_ids) for choice in self.choices)
+        return Usage(self.request.prompt_len, completion, min(self.cached_tokens, self.request.prompt_len), self.num_resumptions)
+
+    def finished_event(self) -> Finished:
+        return Finished(self.usage(), self.timing(self.last_progress_at))
+
+    def outcome(self, make: Callable[..., _OutcomeT], kind: str, failure_kind: str, now: float) -> _OutcomeT:
+        usage, timing = self.usage(), self.timing(now)
+        longest = self.max_delivered
+        return make(
+            request_id=self.request.request_id,
+            epoch=self.epoch,
+            kind=kind,
+            tenant=self.request.tenant,
+            slo_class=self.request.slo_class,
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            output_tokens=usage.completion_tokens,
+            queue_s=timing.queue_s,
+            ttft_s=timing.ttft_s,
+            tpot_s=timing.decode_s / (longest - 1) if longest > 1 else 0.0,
+            e2e_s=timing.e2e_s,
+            failure_kind=failure_kind,
+        )

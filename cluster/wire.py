@@ -1,0 +1,282 @@
+"""Sockets of our own: length-prefixed msgpack frames over TCP, one authenticated, multiplexed connection per pair.
+
+Implements `protocol.network` for production. Nothing here knows what a message means. Either side of a connection calls
+and sends; a call may wait for minutes (admission), a send is handled in order. A connection that is silent for
+`HEARTBEAT_S * HEARTBEAT_MISSES` is dead: that is how a stopped process is told from a slow one.
+
+    frame:     length u32 | kind u8 | call id u64 | msgpack message
+    handshake: server -> nonce(32);  client -> nonce(32) mac(32) name;  server -> mac(32)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+from protocol.errors import DeadlineExceeded, Failure, TandemError, WorkerLost, from_failure, to_failure
+from protocol.messages import Message, decode, encode
+from protocol.network import Handler, Peer
+
+log = logging.getLogger(__name__)
+
+MAX_FRAME_BYTES = 64 << 20
+MAX_UNSENT_BYTES = 32 << 20  # a peer that reads slower than this is cut off, so that nobody else waits for it
+MAX_CALLS = 65_536  # calls of one peer that may wait here at once
+HANDSHAKE_TIMEOUT_S = 5.0
+HEARTBEAT_S = 1.0
+HEARTBEAT_MISSES = 3
+
+_HEADER = struct.Struct("!IBQ")
+_SEND, _CALL, _ANSWER, _PING = range(4)
+
+
+def _proof(secret: bytes, label: bytes, *parts: bytes) -> bytes:
+    return hmac.new(secret, label + b"".join(parts), hashlib.sha256).digest()
+
+
+class Connection:
+    """One side of one connection; a `protocol.network.Peer`. Made by `SocketNetwork` only."""
+
+    def __init__(
+        self,
+        name: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        handler: Handler,
+        on_closed: Callable[[Connection], None],
+    ) -> None:
+        self.name = name
+        self.is_closed = False
+        self._reader = reader
+        self._writer = writer
+        self._handler = handler
+        self._on_closed = on_closed
+        self._next_id = 0
+        self._calls: dict[int, asyncio.Future[Message]] = {}
+        self._serving: set[asyncio.Task[None]] = set()
+        self._last_heard = asyncio.get_running_loop().time()
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+
+    def send(self, message: Message) -> None:
+        self._write(_SEND, 0, encode(message))
+
+    async def call(self, message: Message, timeout: float) -> Message:
+        if self.is_closed:
+            raise WorkerLost(f"the connection to {self.name} is closed")
+        self._next_id += 1
+        call_id = self._next_id
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        try:
+            self._write(_CALL, call_id, encode(message))
+            async with asyncio.timeout(timeout):
+                answer = await future
+        except TimeoutError:
+            raise DeadlineExceeded(f"{self.name} did not answer {type(message).__name__} within {timeout:.1f} s") from None
+        finally:
+            self._calls.pop(call_id, None)
+        if isinstance(answer, Failure):
+            raise from_failure(answer)
+        return answer
+
+    def close(self, reason: str = "closed") -> None:
+        if self.is_closed:
+            return
+        self.is_closed = True
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(WorkerLost(f"the connection to {self.name} broke: {reason}"))
+                future.exception()  # a caller that was cancelled meanwhile will not fetch it
+        current = asyncio.current_task()
+        for task in (*self._tasks, *self._serving):
+            if task is not current:
+                task.cancel()
+        self._writer.transport.abort()
+        self._on_closed(self)
+
+    def _write(self, kind: int, call_id: int, body: bytes) -> None:
+        if self.is_closed:
+            return
+        if len(body) > MAX_FRAME_BYTES:
+            raise TandemError(f"a message of {len(body)} bytes is above the frame cap of {MAX_FRAME_BYTES}")
+        self._writer.write(_HEADER.pack(len(body), kind, call_id) + body)
+        if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self.close(f"it left more than {MAX_UNSENT_BYTES} bytes unread")
+
+    async def _read(self) -> None:
+        reason = "the other side closed it"
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                header = await self._reader.readexactly(_HEADER.size)
+                length, kind, call_id = _HEADER.unpack(header)
+                if length > MAX_FRAME_BYTES:
+                    reason = f"a frame of {length} bytes is above the cap"
+                    break
+                body = await self._reader.readexactly(length)
+                self._last_heard = loop.time()
+                if kind == _SEND:
+                    await self._serve_send(decode(body))
+                elif kind == _CALL:
+                    if len(self._serving) >= MAX_CALLS:
+                        reason = "too many calls at once"
+                        break
+                    task = asyncio.create_task(self._serve_call(call_id, decode(body)))
+                    self._serving.add(task)
+                    task.add_done_callback(self._serving.discard)
+                elif kind == _ANSWER and (future := self._calls.get(call_id)) and not future.done():
+                    future.set_result(decode(body))
+        except (asyncio.IncompleteReadError, ConnectionError, OSError) as error:
+            reason = str(error) or reason
+        except ValueError as error:  # msgspec's DecodeError and ValidationError
+            reason = f"not one of our messages: {error}"
+            log.warning("%s sent something that is %s", self.name, reason)
+        self.close(reason)
+
+    async def _serve_send(self, message: Message) -> None:
+        try:
+            await self._handler(self, message)
+        except TandemError as error:
+            log.warning("%s from %s: %s", type(message).__name__, self.name, error)
+        except Exception:
+            log.exception("while handling %s from %s", type(message).__name__, self.name)
+
+    async def _serve_call(self, call_id: int, message: Message) -> None:
+        try:
+            answer = await self._handler(self, message)
+            assert answer is not None, f"no answer to {type(message).__name__}"
+        except TandemError as error:
+            answer = to_failure(error)
+        except Exception as error:
+            log.exception("while answering %s of %s", type(message).__name__, self.name)
+            answer = to_failure(error)
+        self._write(_ANSWER, call_id, encode(answer))
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            before = loop.time()
+            await asyncio.sleep(HEARTBEAT_S)
+            self._write(_PING, 0, b"")
+            late = loop.time() - before - HEARTBEAT_S  # this process itself was stopped or starved: not the peer's fault
+            self._last_heard += max(0.0, late)
+            silent = loop.time() - self._last_heard
+            if silent > HEARTBEAT_S * HEARTBEAT_MISSES:
+                self.close(f"silent for {silent:.1f} s")
+                return
+
+
+class SocketNetwork:
+    """A process's listening socket and its connections, by the address they were made to. A `protocol.network.Network`."""
+
+    def __init__(self, name: str, secret: bytes, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.name = name
+        self._secret = secret
+        self._host = host
+        self._port = port
+        self._server: asyncio.Server | None = None
+        self._handler: Handler | None = None
+        self._on_lost: Callable[[Peer], None] = lambda peer: None
+        self._outgoing: dict[str, Connection] = {}
+        self._dialing: dict[str, asyncio.Lock] = {}
+        self._all: set[Connection] = set()
+
+    @property
+    def address(self) -> str:
+        assert self._port, "serve() comes first"
+        return f"{self._host}:{self._port}"
+
+    async def serve(self, handler: Handler, on_lost: Callable[[Peer], None]) -> None:
+        self._handler = handler
+        self._on_lost = on_lost
+        self._server = await asyncio.start_server(self._accept, self._host, self._port, limit=MAX_FRAME_BYTES)
+        self._port = self._server.sockets[0].getsockname()[1]
+
+    async def connect(self, address: str, timeout: float = HANDSHAKE_TIMEOUT_S) -> Peer:
+        async with self._dialing.setdefault(address, asyncio.Lock()):
+            known = self._outgoing.get(address)
+            if known is not None and not known.is_closed:
+                return known
+            try:
+                async with asyncio.timeout(timeout):
+                    connection = await self._dial(address)
+            except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+                why = str(error) or type(error).__name__
+                raise WorkerLost(f"{self.name} cannot reach {address}: {why}") from None
+            self._outgoing[address] = connection
+            return connection
+
+    def is_connected(self, address: str) -> bool:
+        known = self._outgoing.get(address)
+        return known is not None and not known.is_closed
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._all):
+            connection.close("this process is going away")
+        if self._server is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._server.wait_closed()
+
+    def _adopt(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Connection:
+        assert self._handler is not None, "serve() comes first"
+        connection = Connection(name, reader, writer, self._handler, self._closed)
+        self._all.add(connection)
+        return connection
+
+    def _closed(self, connection: Connection) -> None:
+        self._all.discard(connection)
+        for address, known in list(self._outgoing.items()):
+            if known is connection:
+                del self._outgoing[address]
+                self._dialing.pop(address, None)
+        self._on_lost(connection)
+
+    async def _dial(self, address: str) -> Connection:
+        host, _, port = address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=MAX_FRAME_BYTES)
+        try:
+            _tune(writer)
+            theirs = await reader.readexactly(32)
+            ours, name = os.urandom(32), self.name.encode()
+            writer.write(ours + _proof(self._secret, b"client", theirs, ours, name) + struct.pack("!H", len(name)) + name)
+            answer = await reader.readexactly(32)
+            if not hmac.compare_digest(answer, _proof(self._secret, b"server", theirs, ours, name)):
+                raise WorkerLost(f"{address} does not know this cluster's secret: it belongs to another cluster")
+            return self._adopt(address, reader, writer)
+        except BaseException:
+            writer.transport.abort()
+            raise
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            _tune(writer)
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                ours = os.urandom(32)
+                writer.write(ours)
+                theirs = await reader.readexactly(32)
+                proof = await reader.readexactly(32)
+                (length,) = struct.unpack("!H", await reader.readexactly(2))
+                name = await reader.readexactly(min(length, 256))
+            if not hmac.compare_digest(proof, _proof(self._secret, b"client", ours, theirs, name)):
+                log.warning("refused a connection that does not know the cluster secret")
+                writer.transport.abort()
+                return
+            writer.write(_proof(self._secret, b"server", ours, theirs, name))
+            self._adopt(name.decode(errors="replace"), reader, writer)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError):
+            writer.transport.abort()
+
+
+def _tune(writer: asyncio.StreamWriter) -> None:
+    sock: socket.socket = writer.get_extra_info("socket")
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,0 +1,258 @@
+"""Every key there is: one frozen struct per section, its type, its range and what it does in one sentence.
+
+A key is named `section.name`. Defaults stand here; the presets (`*.yaml`) say only where they differ from each other.
+Nothing else describes a key: the command line, `tandem config show` and the messages of errors are derived from this.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from protocol.errors import ConfigError
+
+SECRET_KEYS = frozenset({"gateway.api_key"})  # never printed
+# These also take "512MiB".
+BYTE_KEYS = frozenset({"model.kv_cache_bytes", "gateway.max_body_bytes", "scheduler.max_queue_bytes"})
+
+Count = Annotated[int, Meta(ge=1, le=2**24)]
+CountOrAuto = Annotated[int, Meta(ge=0, le=2**24)]
+Bytes = Annotated[int, Meta(ge=1024, le=2**50)]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Text = Annotated[str, Meta(min_length=1)]
+
+
+def says(text: str) -> Meta:
+    """What a key does, in one sentence."""
+    return Meta(description=text)
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is served, and the KV pool of each worker."""
+
+    name: Annotated[Text, says('"bundled", "toy", a directory, a hub id, or "modelscope:ID"')] = "bundled"
+    served_name: Annotated[str | None, says("the name clients use; none: the model's own")] = None
+    revision: Annotated[str | None, says("branch, tag or commit of a hub model")] = None
+    max_len: Annotated[Count | None, says("tokens of prompt and output together; none: what the model allows")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        says("of weights and KV; auto: float32 on a CPU, else what the checkpoint has"),
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], says("where workers compute")] = "auto"
+    block_size: Annotated[CountOrAuto, says("tokens in a KV block; 0: 16 on a GPU, larger on a CPU")] = 0
+    num_blocks_override: Annotated[Count | None, says("KV blocks of each worker, instead of what fits")] = None
+    kv_cache_bytes: Annotated[
+        int, Meta(ge=0, le=2**50), says("KV pool of each worker on a CPU; 0: a share of free memory")
+    ] = 0
+    gpu_memory_utilization: Annotated[
+        float, Meta(gt=0, le=1), says("share of a GPU's memory that a worker may fill")
+    ] = 0.9
+    enable_prefix_caching: Annotated[bool, says("keep KV of finished prompts and reuse equal prefixes")] = True
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1), says("what the seeds of requests without one are drawn from")] = 0
+    quantization: Annotated[Literal["none"], says("of the weights")] = "none"
+    chat_template: Annotated[str | None, says("a Jinja file, instead of the model's own template")] = None
+
+
+class PrefillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The prefill pool."""
+
+    replicas: Annotated[CountOrAuto, says("prefill workers; 0: decode workers prefill for themselves")] = 1
+    max_num_batched_tokens: Annotated[Count, says("prompt tokens in one prefill step")] = 512
+    max_num_seqs: Annotated[Count, says("prompts in one prefill step")] = 16
+    num_threads: Annotated[CountOrAuto, says("CPU threads of a prefill worker; 0: its share of the cores")] = 0
+
+
+class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The decode pool."""
+
+    replicas: Annotated[Count, says("decode workers")] = 1
+    max_num_seqs: Annotated[Count, says("sequences in one decode step")] = 64
+    max_num_batched_tokens: Annotated[Count, says("tokens in one decode step, prompts it prefills itself included")] = (
+        256
+    )
+    enable_chunked_prefill: Annotated[bool, says("a decode worker prefills in pieces, between others' tokens")] = True
+    num_threads: Annotated[CountOrAuto, says("CPU threads of a decode worker; 0: its share of the cores")] = 0
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP door and its deadlines."""
+
+    host: Annotated[Text, says("address to listen on; beyond loopback only with gateway.api_key")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535), says("port of the OpenAI-compatible endpoint")] = 8000
+    replicas: Annotated[Count, says("gateway processes")] = 1
+    api_key: Annotated[
+        str | None, says("clients send it as bearer token; in TANDEM_GATEWAY_API_KEY `ps` cannot see it")
+    ] = None
+    max_body_bytes: Annotated[Bytes, says("largest HTTP body")] = 32 * 2**20
+    request_timeout_s: Annotated[Seconds, says("a request, door to door")] = 3600.0
+    keep_alive_s: Annotated[Seconds, says("an idle HTTP connection stays open")] = 30.0
+    prefill_timeout_s: Annotated[Seconds, says("reservation to first token, then another attempt")] = 300.0
+    token_timeout_s: Annotated[Seconds, says("silence between two tokens, then another attempt")] = 60.0
+    recovery_timeout_s: Annotated[Seconds, says("how long to look for a scheduler that comes back")] = 30.0
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Order, admission, placement, liveness, and the promise."""
+
+    policy: Annotated[Literal["fcfs"], says("order of the queue")] = "fcfs"
+    max_queue_requests: Annotated[Count, says("waiting requests, then 429 or 503")] = 1024
+    max_queue_tokens: Annotated[int, Meta(ge=1, le=10**11), says("prompt tokens waiting, then 429 or 503")] = 4_000_000
+    max_queue_bytes: Annotated[Bytes, says("memory of what waits, then 429 or 503")] = 256 * 2**20
+    queue_timeout_s: Annotated[Seconds, says("a request waits so long to be placed, then 504")] = 300.0
+    disaggregation_threshold: Annotated[
+        CountOrAuto, says("a prompt with fewer uncached tokens is prefilled by its decode worker")
+    ] = 32
+    heartbeat_s: Annotated[float, Meta(gt=0, le=60), says("period of the workers' heartbeats")] = 1.0
+    heartbeat_misses: Annotated[int, Meta(ge=2, le=1000), says("missed heartbeats, then a worker counts as dead")] = 3
+    recovery_s: Annotated[Seconds, says("requests wait so long for a worker while none is alive, then 503")] = 60.0
+    ttft_target_s: Annotated[Seconds, says("the promise: time to first token")] = 2.0
+    tpot_target_s: Annotated[
+        Seconds, says("the promise: time per output token; decode workers are filled up to it")
+    ] = 0.2
+
+
+class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV travels from prefill to decode."""
+
+    transport: Annotated[Literal["auto", "shm", "tcp"], says("auto: shm on one host, tcp between hosts")] = "auto"
+    lease_s: Annotated[Seconds, says("decode holds reserved blocks so long for a prefill")] = 30.0
+    timeout_s: Annotated[Seconds, says("one transfer, from its last block computed to verified")] = 30.0
+    bind_host: Annotated[Text, says("address of KV and control sockets; several hosts need one they can reach")] = (
+        "127.0.0.1"
+    )
+    verify: Annotated[Literal[True], says("check every block's digest before decode reads it")] = True
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that can be set. Frozen; sent to every process as it is."""
+
+    model: ModelConfig = ModelConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    transfer: TransferConfig = TransferConfig()
+
+    def get(self, key: str) -> Any:
+        """The value of `section.name`."""
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
+
+
+# Known values of other systems that are refused with a reason rather than a list of choices.
+REFUSALS = {
+    "model.quantization": "weights run as they are stored; quantized weights are not built yet",
+    "scheduler.policy": "only fcfs (first come, first served) is built",
+    "transfer.verify": "KV that nobody verified is never read, so this cannot be switched off",
+}
+
+
+class Key(msgspec.Struct, frozen=True):
+    """One key as the command line and the documentation see it. kind: "int" | "float" | "str" | "bool"."""
+
+    name: str
+    kind: str
+    optional: bool
+    choices: tuple[str, ...]
+    help: str
+    default: Any
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    min_length: int | None = None
+
+    @property
+    def range(self) -> str:
+        """In words, for messages; empty where anything goes."""
+        low = f"at least {self.ge:,}" if self.ge is not None else f"above {self.gt:,}" if self.gt is not None else ""
+        high = f"at most {self.le:,}" if self.le is not None else ""
+        return " and ".join(part for part in (low, high) if part)
+
+
+_KINDS: dict[Any, str] = {
+    msgspec.inspect.IntType: "int",
+    msgspec.inspect.FloatType: "float",
+    msgspec.inspect.StrType: "str",
+    msgspec.inspect.BoolType: "bool",
+}
+
+
+def _describe(section: str, field: msgspec.inspect.Field) -> Key:
+    kind: Any = field.type
+    text = ""
+    while isinstance(kind, msgspec.inspect.Metadata):
+        text = text or (kind.extra_json_schema or {}).get("description", "")
+        kind = kind.type
+    optional = False
+    if isinstance(kind, msgspec.inspect.UnionType):
+        optional = True
+        kind = next(t for t in kind.types if not isinstance(t, msgspec.inspect.NoneType))
+    if isinstance(kind, msgspec.inspect.LiteralType):
+        is_bool = all(isinstance(v, bool) for v in kind.values)
+        choices = () if is_bool else tuple(str(v) for v in kind.values)
+        return Key(f"{section}.{field.name}", "bool" if is_bool else "str", optional, choices, text, field.default)
+    return Key(
+        f"{section}.{field.name}",
+        _KINDS[type(kind)],
+        optional,
+        (),
+        text,
+        field.default,
+        ge=getattr(kind, "ge", None),
+        gt=getattr(kind, "gt", None),
+        le=getattr(kind, "le", None),
+        min_length=getattr(kind, "min_length", None),
+    )
+
+
+def _all_keys() -> dict[str, Key]:
+    keys: dict[str, Key] = {}
+    root: Any = msgspec.inspect.type_info(Config)
+    for section in root.fields:
+        for field in section.type.fields:
+            key = _describe(section.name, field)
+            keys[key.name] = key
+    return keys
+
+
+KEYS: dict[str, Key] = _all_keys()
+SECTIONS: tuple[str, ...] = Config.__struct_fields__
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it. A name other than localhost may resolve to anything, so it is not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check(config: Config) -> None:
+    """What no single key can tell. Raises ConfigError that names the keys and values at odds."""
+    gateway, decode, model = config.gateway, config.decode, config.model
+    if not is_loopback(gateway.host) and not gateway.api_key:
+        raise ConfigError(
+            f"gateway.host {gateway.host} can be reached from other machines, and there is no gateway.api_key; set "
+            "TANDEM_GATEWAY_API_KEY (or --api-key), or listen on 127.0.0.1",
+            param="gateway.api_key",
+        )
+    if gateway.api_key is not None and (not gateway.api_key.strip() or not gateway.api_key.isascii()):
+        raise ConfigError("gateway.api_key must be printable ASCII and not blank", param="gateway.api_key")
+    if decode.max_num_batched_tokens < decode.max_num_seqs:
+        raise ConfigError(
+            f"decode.max_num_batched_tokens {decode.max_num_batched_tokens} is below decode.max_num_seqs "
+            f"{decode.max_num_seqs}: a step has one token for each sequence; raise the first or lower the second",
+            param="decode.max_num_batched_tokens",
+        )
+    whole = not decode.enable_chunked_prefill and model.max_len is not None
+    if whole and decode.max_num_batched_tokens < (model.max_len or 0):
+        raise ConfigError(
+            "decode.enable_chunked_prefill is false, so a prompt must fit into one step: decode.max_num_batched_tokens "
+            f"{decode.max_num_batched_tokens} is below model.max_len {model.max_len}",
+            param="decode.max_num_batched_tokens",
+        )

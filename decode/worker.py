@@ -1,0 +1,749 @@
+"""A decode worker: reserves blocks, takes verified KV in, decodes by continuous batching, and prefills short prompts itself.
+
+It knows no Ray, no sockets and no clock of its own: network, clock and `compute` (how to run the model without blocking the
+event loop) are given to it. `step()` reads: plan, run, emit. All its state is touched on the event loop only; the model
+runs elsewhere on sequences that nobody changes meanwhile, so whatever arrives during a step waits in `_after_step`.
+Built by `cluster/deployments.py` (Serve), `tandem.LLM` (one process) and the fault tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+
+from decode.planner import Budget, plan
+from engine.batch import Chunk
+from engine.blocks import BlockPool, OutOfBlocks
+from engine.prefix import attach_prefix, full_block_hashes, seal_full_blocks
+from engine.runner import ModelRunner, Sample, StepResult
+from engine.sequence import Sequence
+from engine.stopping import finish_reason
+from kvtransfer.digest import verify
+from kvtransfer.handoff import Effect, Inbound
+from kvtransfer.pool import KVPool
+from kvtransfer.process import Process, observe
+from kvtransfer.transport import Receiver
+from protocol.errors import (
+    HandshakeRefused,
+    InternalError,
+    InvalidRequest,
+    ReservationRefused,
+    TandemError,
+    TransferFailed,
+    to_failure,
+)
+from protocol.events import TokenLogprobs
+from protocol.kv import KVEndpoint, KVLayout
+from protocol.messages import (
+    Cancel,
+    Handshake,
+    HandshakeAccepted,
+    Message,
+    Ok,
+    RequestFailed,
+    Reserve,
+    Seal,
+    StopWriting,
+    TokenFrame,
+    TokenUpdate,
+    WorkerStats,
+    WriterDone,
+)
+from protocol.network import Clock, Network, Peer
+from protocol.request import Request
+from protocol.ticket import FirstToken, Grant, sign
+
+log = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 5.0
+_T = TypeVar("_T")
+Compute = Callable[[Callable[[], _T]], Awaitable[_T]]  # runs a function off the event loop, one at a time, in order
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    incarnation: str
+    layout: KVLayout
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 256
+    enable_chunked_prefill: bool = True
+    max_jobs: int = 4096  # requests that may hold or wait for blocks at once
+
+
+class Job:
+    """One attempt of one request here: its sequences by choice, whom to tell, and (until sealed) what its grant set aside."""
+
+    def __init__(self, reserve: Reserve, gateway: Peer) -> None:
+        self.request = reserve.request
+        self.epoch = reserve.ticket.epoch
+        self.delivered = reserve.output_token_ids or ((),) * reserve.request.sampling.n
+        self.gateway = gateway
+        self.sequences: dict[int, Sequence] = {}
+        self.grant: Grant | None = None
+        self.granted_blocks: list[int] = []  # the grant's, until a sequence owns them
+        self.spare_blocks: list[int] = []  # for what follows the prompt: a copy of its last block, or a fresh one
+        self.writer = ""
+        self.cached_tokens = 0
+        self.scored: list[TokenLogprobs | None] = []  # the prompt's own log-probabilities, as its chunks yield them
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request.request_id, self.epoch
+
+
+class Writer:
+    """One life of a prefill worker that shook hands with us: where to ask it to stop, and how its death would be seen."""
+
+    def __init__(self, peer: Peer, transport: str, process: Process | None) -> None:
+        self.peer = peer
+        self.transport = transport
+        self.process = process
+
+    @property
+    def is_dead(self) -> bool:
+        """Observed, not guessed: a process that we can see has ended, or (elsewhere, where a late store is refused at this end)
+        its connection broke."""
+        return self.process.is_dead() if self.process is not None else self.peer.is_closed
+
+
+class DecodeWorker:
+    """See the module. Call `start()` once, then `run()` until it is cancelled; `tick()` every so often."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        runner: ModelRunner,
+        pool: BlockPool,
+        kv: KVPool,
+        receivers: dict[str, Receiver],
+        network: Network,
+        clock: Clock,
+        compute: Compute,
+        verify_compute: Compute,
+        secret: bytes,
+    ) -> None:
+        self.settings = settings
+        self.runner = runner
+        self.pool = pool
+        self.inbound = Inbound(settings.incarnation, settings.layout, secret)
+        self._kv = kv
+        self._receivers = receivers
+        self._network = network
+        self._clock = clock
+        self._compute = compute
+        self._verify_compute = verify_compute
+        self._secret = secret
+        self._jobs: dict[str, Job] = {}  # by request_id: one attempt at a time
+        self._by_grant: dict[str, Job] = {}
+        self._held: dict[str, list[int]] = {}  # quarantined blocks by grant, until the writer's acknowledgement
+        self._writers: dict[str, Writer] = {}  # by prefill incarnation
+        self._void: dict[str, list[str]] = defaultdict(list)  # prefill incarnation -> grants it must not use when it first calls
+        self._copies: dict[int, tuple[int, int]] = {}  # id(sequence) -> (shared block, own block) to copy before its next step
+        self._asking: set[asyncio.Task[None]] = set()
+        self._asked: set[str] = set()
+        self._running: list[Sequence] = []
+        self._preempted: list[Sequence] = []
+        self._job_of: dict[int, Job] = {}  # by id(sequence)
+        self._opening: dict[int, tuple[int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]] = {}  # id(sequence) -> tokens to repeat first
+        self._in_step = False
+        self._after_step: list[Callable[[], None]] = []
+        self._wake = asyncio.Event()
+        self.is_draining = False
+        self.last_token_at: float | None = None
+        self._counts: dict[str, float] = defaultdict(float)
+
+    # ---- messages --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        await self._network.serve(self.handle, self.on_lost)
+
+    async def handle(self, peer: Peer, message: Message) -> Message | None:
+        if isinstance(message, Reserve):
+            return self._reserve(peer, message)
+        if isinstance(message, Seal):
+            return await self._seal(message)
+        if isinstance(message, Handshake):
+            return self._handshake(peer, message)
+        if isinstance(message, Cancel):
+            self._cancel(message)
+            return None
+        if isinstance(message, WriterDone):
+            self._writer_done(message.grant_id)
+            return None
+        raise InvalidRequest(f"a decode worker does not take {type(message).__name__}")
+
+    def on_lost(self, peer: Peer) -> None:
+        """A gateway is gone: its work stops. A prefill worker is gone: `tick` sees whether it is dead."""
+        for job in [j for j in self._jobs.values() if j.gateway is peer]:
+            self._drop(job)
+        self._bury_writers()
+
+    def _bury_writers(self) -> None:
+        for incarnation, writer in list(self._writers.items()):
+            if not writer.peer.is_closed or not writer.is_dead:
+                continue
+            del self._writers[incarnation]
+            for job in [j for j in self._by_grant.values() if j.writer == incarnation]:
+                if job.grant is not None:
+                    self._forget(job.grant.grant_id)
+            for grant_id, effect in self.inbound.writer_lost(incarnation):
+                job = self._by_grant.get(grant_id)
+                if job is not None:
+                    self._fail(job, "transfer", TransferFailed("the prefill worker died before it sealed its KV"))
+                self._apply(grant_id, effect)
+
+    def _handshake(self, peer: Peer, message: Handshake) -> HandshakeAccepted:
+        difference = self.settings.layout.difference(message.layout)
+        if difference is not None:
+            raise HandshakeRefused(f"decode {self.settings.incarnation} and prefill {message.incarnation} differ: {difference}")
+        for name in message.transports:
+            receiver = self._receivers.get(name)
+            if receiver is not None:
+                process = observe(message.boot_id, message.pid, message.start_ticks)
+                self._writers[message.incarnation] = Writer(peer, name, process)
+                endpoint: KVEndpoint = receiver.endpoint()
+                void = tuple(self._void.pop(message.incarnation, ()))
+                return HandshakeAccepted(self.settings.incarnation, self.settings.layout, endpoint, void)
+        raise HandshakeRefused(
+            f"no common transport: prefill offers {', '.join(message.transports)}, decode has {', '.join(self._receivers)} "
+            "(--kv-transport)"
+        )
+
+    # ---- reserve ---------------------------------------------------------------------------------------------------
+
+    def _reserve(self, peer: Peer, message: Reserve) -> Grant:
+        request, ticket = message.request, message.ticket
+        if ticket.decode.incarnation != self.settings.incarnation:
+            raise TransferFailed(f"the ticket is for {ticket.decode.incarnation}; here lives {self.settings.incarnation}")
+        if self.is_draining:
+            raise ReservationRefused("this decode worker is draining")
+        known = self._jobs.get(request.request_id)
+        if known is not None:
+            if known.epoch >= ticket.epoch:
+                raise TransferFailed(f"epoch {ticket.epoch} of {request.request_id} is stale: {known.epoch} is here")
+            self._drop(known)
+        if len(self._jobs) >= self.settings.max_jobs:
+            raise ReservationRefused(f"{len(self._jobs)} requests are here already")
+        self._check_it_can_ever_fit(request)
+        job = Job(message, peer)
+        try:
+            grant = self._reserve_local(job) if ticket.prefill is None else self._reserve_remote(job, message)
+        except OutOfBlocks:
+            raise ReservationRefused(
+                f"{self.pool.num_free} blocks are free, {self.settings.layout.num_blocks_for(request.prompt_len)} are needed"
+            ) from None
+        self._jobs[request.request_id] = job
+        self._wake.set()
+        return grant
+
+    def _check_it_can_ever_fit(self, request: Request) -> None:
+        per_choice = self.settings.layout.num_blocks_for(request.max_total_len)
+        if per_choice > self.pool.num_blocks:
+            raise InvalidRequest(
+                f"prompt and max_tokens need {per_choice} KV blocks, the pool has {self.pool.num_blocks}; lower max_tokens or "
+                "raise --num-gpu-blocks-override (model.kv_cache_bytes on a CPU)",
+                param="max_tokens",
+            )
+
+    @property
+    def _headroom(self) -> int:
+        """Blocks kept for the next token of those who run already; without it a newcomer would preempt somebody at once."""
+        return len(self._running) // 2
+
+    def _reserve_local(self, job: Job) -> Grant:
+        """Blocks for the prompt now (R6); the prefill itself happens in this worker's own steps, in chunks."""
+        request = job.request
+        same = len({tuple(d) for d in job.delivered}) == 1
+        lead = [Sequence(request, choice, output_token_ids=job.delivered[choice]) for choice in range(1 if same else request.sampling.n)]
+        taken: list[Sequence] = []
+        try:
+            for sequence in lead:
+                self._attach_blocks(sequence, self._headroom)
+                taken.append(sequence)
+        except OutOfBlocks:
+            for sequence in taken:
+                self._release_blocks(sequence)
+            raise
+        for sequence in lead:
+            self._adopt(job, sequence)
+        job.cached_tokens = max(sequence.num_computed for sequence in lead)
+        self._count_prefix(sum(len(s.token_ids) for s in lead), sum(s.num_computed for s in lead))
+        return self._grant(job, (), 0, 0, "", 0.0)
+
+    def _reserve_remote(self, job: Job, message: Reserve) -> Grant:
+        request, layout = job.request, self.settings.layout
+        probe = Sequence(request, 0, output_token_ids=job.delivered[0])
+        num_tokens = len(probe.token_ids)
+        cached = self.pool.match(full_block_hashes(probe, layout))
+        num_new = layout.num_blocks_for(num_tokens) - len(cached)
+        num_spare = request.sampling.n - (num_tokens % layout.block_size != 0)
+        try:
+            if num_new + num_spare + self._headroom > self.pool.num_free:
+                raise OutOfBlocks
+            fresh = self.pool.reserve(num_new, after=cached[-1] if cached else None)
+            job.spare_blocks = self.pool.allocate(num_spare)
+        except OutOfBlocks:
+            self.pool.release(cached)
+            raise
+        job.granted_blocks = [*cached, *fresh]
+        job.cached_tokens = len(cached) * layout.block_size
+        job.writer = message.ticket.prefill.incarnation if message.ticket.prefill is not None else ""
+        self._count_prefix(num_tokens, job.cached_tokens)
+        grant = self._grant(job, tuple(job.granted_blocks), len(cached), num_tokens, job.writer, message.lease_s)
+        job.grant = grant
+        self._by_grant[grant.grant_id] = job
+        self.inbound.granted(grant, self._clock())
+        for receiver in self._receivers.values():
+            receiver.expect(grant)
+        return grant
+
+    def _grant(
+        self, job: Job, block_ids: tuple[int, ...], num_cached: int, num_tokens: int, prefill: str, lease_s: float
+    ) -> Grant:
+        request_id, epoch = job.key
+        grant = Grant(
+            grant_id=f"{self.settings.incarnation}/{request_id}/{epoch}",
+            request_id=request_id,
+            epoch=epoch,
+            decode_incarnation=self.settings.incarnation,
+            prefill_incarnation=prefill,
+            block_ids=block_ids,
+            num_cached_blocks=num_cached,
+            num_tokens=num_tokens,
+            layout=self.settings.layout,
+            lease_s=lease_s,
+            endpoints=tuple(receiver.endpoint() for receiver in self._receivers.values()) if prefill else (),
+            control_address=self._network.address,
+        )
+        return sign(grant, self._secret)
+
+    # ---- seal ------------------------------------------------------------------------------------------------------
+
+    async def _seal(self, message: Seal) -> Ok:
+        """Verify what prefill says it wrote, then let its sequences run. Unverified KV is never read (R4)."""
+        manifest = message.manifest
+        self.inbound.check_seal(manifest, self._clock())
+        job = self._by_grant[manifest.grant_id]
+        assert job.grant is not None
+        self._forget(manifest.grant_id)
+        started = time.perf_counter()
+        bad = await self._verify_compute(lambda: verify(self._kv, job.grant, manifest))
+        self._counts["verify_s"] += time.perf_counter() - started
+        effect = self.inbound.verified(manifest.grant_id, not bad)
+        if self._by_grant.get(manifest.grant_id) is not job:  # cancelled while it was being verified
+            self._apply(manifest.grant_id, effect)
+            raise TransferFailed("the request was cancelled")
+        if bad:
+            self._counts["digest_failures"] += 1
+            self._counts["transfers_failed"] += 1
+            error = TransferFailed(f"{len(bad)} runs of KV differ from their digests, the first at (layer, block) {bad[0]}")
+            self._fail(job, "transfer", error)
+            self._apply(manifest.grant_id, effect)
+            raise error
+        self._counts["transfers"] += 1
+        self._counts["transfer_bytes"] += manifest.num_written * self.settings.layout.block_nbytes
+        self._open(job, manifest.first_tokens)
+        return Ok()
+
+    def _open(self, job: Job, first_tokens: tuple[FirstToken, ...]) -> None:
+        """Sealed KV becomes sequences: the prompt's full blocks are shared, its last partial block is copied per choice."""
+        grant = job.grant
+        assert grant is not None
+        block_size = self.settings.layout.block_size
+        self._by_grant.pop(grant.grant_id, None)
+        job.grant = None
+        blocks, job.granted_blocks = job.granted_blocks, []
+        for block in blocks[grant.num_cached_blocks :]:
+            self.pool.filling(block)
+        going_on = [first for first in first_tokens if first.finish_reason is None]
+        num_full = grant.num_tokens // block_size
+        for place, first in enumerate(going_on):
+            delivered = job.delivered[first.choice]
+            sequence = Sequence(job.request, first.choice, output_token_ids=(*delivered, first.token))
+            sequence.num_computed = grant.num_tokens
+            if place == 0:
+                sequence.blocks = list(blocks)
+            else:
+                self.pool.share(blocks[:num_full])
+                sequence.blocks = list(blocks[:num_full])
+                if num_full < len(blocks):
+                    self._copy_later(sequence, blocks[num_full], job.spare_blocks.pop())
+            if len(sequence.blocks) * block_size < len(sequence.token_ids):
+                sequence.blocks.append(job.spare_blocks.pop())
+            logprobs = (first.logprobs,) if first.logprobs is not None else None
+            self._opening[id(sequence)] = (len(delivered), (first.token,), logprobs)
+            job.sequences[first.choice] = sequence
+            self._job_of[id(sequence)] = job
+        if not going_on:
+            self.pool.release(blocks)
+        self.pool.release(job.spare_blocks)
+        job.spare_blocks = []
+        for sequence in job.sequences.values():
+            seal_full_blocks(self.pool, sequence, self.settings.layout)
+        self._running += job.sequences.values()
+        if not job.sequences:
+            del self._jobs[job.request.request_id]
+        self._wake.set()
+
+    # ---- giving up -------------------------------------------------------------------------------------------------
+
+    def _soon(self, act: Callable[[], None]) -> None:
+        """Now, or right after the step that is under way."""
+        if self._in_step:
+            self._after_step.append(act)
+        else:
+            act()
+
+    def _cancel(self, message: Cancel) -> None:
+        job = self._jobs.get(message.request_id)
+        if job is None or message.epoch not in (0, job.epoch):
+            return
+        if message.choice is None:
+            self._drop(job)
+        elif (sequence := job.sequences.get(message.choice)) is not None:
+            self._soon(lambda: self._retire(sequence))
+
+    def _fail(self, job: Job, stage: str, error: TandemError) -> None:
+        job.gateway.send(RequestFailed(job.request.request_id, job.epoch, stage, to_failure(error)))
+        self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        """Take down one attempt whole; idempotent. Its sequences may be in the step that is under way: they go after it."""
+        if self._jobs.get(job.request.request_id) is job:
+            del self._jobs[job.request.request_id]
+        for sequence in list(job.sequences.values()):
+            self._soon(lambda sequence=sequence: self._retire(sequence))
+        if job.spare_blocks:
+            self.pool.release(job.spare_blocks)
+            job.spare_blocks = []
+        if job.grant is not None:
+            grant, job.grant = job.grant, None
+            del self._by_grant[grant.grant_id]
+            self.pool.release(job.granted_blocks[: grant.num_cached_blocks])
+            self._held[grant.grant_id] = job.granted_blocks[grant.num_cached_blocks :]
+            job.granted_blocks = []
+            self._apply(grant.grant_id, self.inbound.cancelled(grant.grant_id, writer_stopped=self._has_stopped(grant)))
+        self._wake.set()
+
+    def _forget(self, grant_id: str) -> dict[str, bool]:
+        """Let no more stores in; by transport, whether a late one is impossible now."""
+        return {name: receiver.forget(grant_id) for name, receiver in self._receivers.items()}
+
+    def _has_stopped(self, grant: Grant) -> bool:
+        """Whether the writer of a void grant can no longer store into it: this end refuses, or it never called here."""
+        refused = self._forget(grant.grant_id)
+        writer = self._writers.get(grant.prefill_incarnation)
+        if writer is None:
+            self._void[grant.prefill_incarnation] = [*self._void[grant.prefill_incarnation][-255:], grant.grant_id]
+            return True
+        return refused[writer.transport]
+
+    def _apply(self, grant_id: str, effect: Effect) -> None:
+        """What the hand-off's state machine says is to be done with the written blocks of a grant that is over."""
+        if effect is Effect.RELEASE:
+            self.pool.release(self._held.pop(grant_id, []))
+        elif effect is Effect.QUARANTINE:
+            self.pool.quarantine(self._held[grant_id])
+            self._stop_writers()
+        elif effect is Effect.LIFT:
+            self.pool.lift(self._held.pop(grant_id))
+        self._wake.set()
+
+    def _stop_writers(self) -> None:
+        """Ask for the acknowledgement that ends each quarantine; asked again at every tick until it comes."""
+        for grant in self.inbound.quarantined():
+            writer = self._writers.get(grant.prefill_incarnation)
+            if writer is None or writer.peer.is_closed or grant.grant_id in self._asked:
+                continue
+            task = asyncio.create_task(self._ask_to_stop(writer.peer, grant.grant_id))
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _ask_to_stop(self, peer: Peer, grant_id: str) -> None:
+        self._asked.add(grant_id)
+        try:
+            await peer.call(StopWriting(grant_id), STOP_TIMEOUT_S)
+            self._apply(grant_id, self.inbound.writer_done(grant_id))
+        except TandemError as error:
+            log.info("%s has not stopped writing into %s: %s", peer.name, grant_id, error.message)
+        finally:
+            self._asked.discard(grant_id)
+
+    def _writer_done(self, grant_id: str) -> None:
+        """The writer gave up by itself, or acknowledges."""
+        job = self._by_grant.get(grant_id)
+        effect = self.inbound.writer_done(grant_id)
+        if job is not None and effect is not Effect.KEEP:
+            self._drop(job)  # its gateway knows: token 1 was the last, or the prefill worker told it why
+        self._apply(grant_id, effect)
+
+    def tick(self) -> None:
+        """Expired grants (a lease is a promise with a deadline, on both sides), writers to be asked again, dead writers."""
+        self._bury_writers()
+        self._stop_writers()
+        for grant_id in self.inbound.expired(self._clock()):
+            job = self._by_grant.get(grant_id)
+            if job is not None:
+                self._counts["transfers_failed"] += 1
+                self._fail(job, "transfer", TransferFailed("the lease ran out before the KV was sealed (transfer.lease_s)"))
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        while True:
+            if not self._running and not self._preempted:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            await self.step()
+
+    async def step(self) -> None:
+        """Plan, run, emit."""
+        chunks = self._plan()
+        if not chunks:
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), 0.05)
+            return
+        self._in_step = True
+        started = time.perf_counter()
+        try:
+            copies = self._take_copies(chunks)
+            result = await self._compute(lambda: self._run(copies, chunks))
+            self.pool.release([shared for shared, _ in copies])
+        except Exception as error:  # R11: the batch fails, the loop goes on
+            log.exception("a decode step failed")
+            result = None
+            failure = InternalError(f"a decode step failed ({type(error).__name__}); the worker's log has the details")
+            for job in {id(j): j for j in (self._job_of.get(id(c.sequence)) for c in chunks) if j is not None}.values():
+                self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
+        finally:
+            self._in_step = False
+        self._counts["num_steps"] += 1
+        self._counts["step_s"] += time.perf_counter() - started
+        if result is not None:
+            self._emit(chunks, result)
+        acts, self._after_step = self._after_step, []
+        for act in acts:
+            act()
+
+    def _run(self, copies: list[tuple[int, int]], chunks: list[Chunk]) -> StepResult:
+        """In the engine's thread."""
+        for shared, own in copies:
+            self.runner.copy_block(shared, own)
+        return self.runner.run(chunks)
+
+    def _take_copies(self, chunks: list[Chunk]) -> list[tuple[int, int]]:
+        due = [self._copies.pop(id(chunk.sequence), None) for chunk in chunks]
+        return [copy for copy in due if copy is not None]
+
+    def _copy_later(self, sequence: Sequence, shared: int, own: int) -> None:
+        """Copy on write: the sequence's last block is a copy of `shared`, made before its next step."""
+        self.pool.share([shared])
+        sequence.blocks.append(own)
+        self._copies[id(sequence)] = (shared, own)
+
+    def _plan(self) -> list[Chunk]:
+        budget = Budget(self.settings.max_num_seqs, self.settings.max_num_batched_tokens, self.settings.enable_chunked_prefill)
+        block_size = self.settings.layout.block_size
+        decided = plan(self._running, self._preempted, self.pool.num_free, block_size, budget)
+        for sequence in decided.preempt:
+            self._preempt(sequence)
+        left_out: set[int] = set()
+        for sequence in decided.grow:
+            try:
+                sequence.blocks += self.pool.allocate(1, after=sequence.blocks[-1])
+            except OutOfBlocks:  # a victim's blocks were shared, so less came free than the plan counted on
+                self._preempt(sequence)
+                left_out.add(id(sequence))
+        for sequence in decided.restart:
+            try:
+                self._attach_blocks(sequence, 0)
+            except OutOfBlocks:
+                left_out.add(id(sequence))
+                continue
+            self._preempted.remove(sequence)
+            self._running.append(sequence)
+        return [self._chunk(s, min(n, s.num_uncomputed)) for s, n in decided.chunks if id(s) not in left_out]
+
+    def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
+        if num_tokens < sequence.num_uncomputed:
+            return Chunk(sequence, num_tokens, ())
+        job = self._job_of[id(sequence)]
+        missing = [c for c in range(job.request.sampling.n) if c not in job.sequences] if self._is_shared_prompt(job, sequence) else []
+        return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(choice) for choice in missing)))
+
+    def _is_shared_prompt(self, job: Job, sequence: Sequence) -> bool:
+        """A prompt that this worker prefills once for all n choices, which part ways at its last token."""
+        return job.request.sampling.n > 1 and len(job.sequences) == 1 and sequence.choice == 0 and sequence.output_len == len(job.delivered[0])
+
+    def _emit(self, chunks: list[Chunk], result: StepResult) -> None:
+        """Apply the step to its sequences and tell each gateway in one frame."""
+        now = self._clock()
+        frames: dict[int, tuple[Peer, list[TokenUpdate]]] = {}
+        samples = {id(sample.sequence): sample for sample in result.samples}
+        for chunk in chunks:
+            lead = chunk.sequence
+            job = self._job_of.get(id(lead))
+            if job is None:
+                continue
+            lead.num_computed += chunk.num_tokens
+            self._counts["prompt_tokens" if chunk.num_tokens > 1 else "decode_rows"] += chunk.num_tokens
+            seal_full_blocks(self.pool, lead, self.settings.layout)
+            if len(chunk.samples) > 1:
+                self._part_ways(job, chunk)
+            if lead.choice == 0:
+                job.scored += result.prompt_logprobs.get(lead.request.request_id, ())
+            for sequence in chunk.samples:
+                if id(sequence) not in self._job_of:
+                    continue
+                sample = samples[id(sequence)]
+                if sample.error is not None:
+                    self._after_step.append(lambda job=job, e=sample.error: self._fail(job, "decode", InternalError(e)))
+                    continue
+                update = self._advance(job, sequence, sample)
+                frames.setdefault(id(job.gateway), (job.gateway, []))[1].append(update)
+                self.last_token_at = now
+        for peer, updates in frames.values():
+            peer.send(TokenFrame(tuple(updates)))
+
+    def _advance(self, job: Job, sequence: Sequence, sample: Sample) -> TokenUpdate:
+        index, tokens, logprobs = self._opening.pop(id(sequence), (sequence.output_len, (), None))
+        sequence.append(sample.token)
+        self._counts["generation_tokens"] += 1
+        finished = finish_reason(sequence, self.settings.max_model_len)
+        if sample.logprobs is not None:
+            logprobs = (*(logprobs or ()), sample.logprobs)
+        update = TokenUpdate(
+            request_id=job.request.request_id,
+            epoch=job.epoch,
+            choice=sequence.choice,
+            index=index,
+            tokens=(*tokens, sample.token),
+            logprobs=logprobs,
+            finish_reason=finished[0] if finished else None,
+            stop_reason=finished[1] if finished else None,
+            cached_tokens=job.cached_tokens,
+            prompt_logprobs=self._take_scores(job),
+        )
+        if finished:
+            self._after_step.append(lambda: self._retire(sequence))
+        return update
+
+    def _take_scores(self, job: Job) -> tuple[TokenLogprobs | None, ...] | None:
+        if not job.scored:
+            return None
+        scored, job.scored = tuple(job.scored), []
+        return scored
+
+    def _part_ways(self, job: Job, chunk: Chunk) -> None:
+        """After a shared prompt: siblings share its full blocks and copy its last, partial one on their first write."""
+        lead, block_size = chunk.sequence, self.settings.layout.block_size
+        num_full = lead.num_computed // block_size
+        for sibling in chunk.samples[1:]:
+            sibling.num_computed = lead.num_computed
+            shared = lead.blocks[:num_full]
+            tail = lead.blocks[num_full : self.settings.layout.num_blocks_for(lead.num_computed)]
+            try:
+                copies = self.pool.allocate(len(tail))
+            except OutOfBlocks:  # recompute it when there is room; its first token stands all the same
+                sibling.num_computed, sibling.blocks = 0, []
+                self._adopt(job, sibling, self._preempted)
+                continue
+            self.pool.share(shared)
+            sibling.blocks = list(shared)
+            for src, dst in zip(tail, copies, strict=True):
+                self._copy_later(sibling, src, dst)
+            self._adopt(job, sibling)
+
+    # ---- blocks ----------------------------------------------------------------------------------------------------
+
+    def _adopt(self, job: Job, sequence: Sequence, into: list[Sequence] | None = None) -> None:
+        job.sequences[sequence.choice] = sequence
+        self._job_of[id(sequence)] = job
+        (self._running if into is None else into).append(sequence)
+
+    def _attach_blocks(self, sequence: Sequence, headroom: int) -> None:
+        """All the blocks that the sequence's present tokens need: cached ones first. Raises OutOfBlocks, changes nothing then."""
+        attach_prefix(self.pool, sequence, self.settings.layout, headroom)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._counts["num_preemptions"] += 1
+        self._running.remove(sequence)
+        self._release_blocks(sequence)
+        sequence.num_computed = 0
+        self._preempted.append(sequence)
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        pending = self._copies.pop(id(sequence), None)
+        if pending is not None:
+            self.pool.release([pending[0]])
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+
+    def _retire(self, sequence: Sequence) -> None:
+        """The sequence is over, however it ended; idempotent."""
+        job = self._job_of.pop(id(sequence), None)
+        if job is None:
+            return
+        for holder in (self._running, self._preempted):
+            if sequence in holder:
+                holder.remove(sequence)
+        self._opening.pop(id(sequence), None)
+        self._release_blocks(sequence)
+        if job.sequences.get(sequence.choice) is sequence:
+            del job.sequences[sequence.choice]
+        if not job.sequences and job.grant is None and self._jobs.get(job.request.request_id) is job:
+            del self._jobs[job.request.request_id]
+
+    def _count_prefix(self, queries: int, hits: int) -> None:
+        self._counts["prefix_queries"] += queries
+        self._counts["prefix_hits"] += hits
+
+    # ---- what others see -------------------------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._jobs
+
+    def in_flight(self) -> tuple[tuple[str, int], ...]:
+        return tuple(job.key for job in self._jobs.values())
+
+    def stats(self) -> WorkerStats:
+        c = self._counts
+        age = -1.0 if self.last_token_at is None else self._clock() - self.last_token_at
+        return WorkerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._preempted) + len(self._by_grant),
+            num_free_blocks=self.pool.num_free,
+            num_used_blocks=self.pool.num_used,
+            num_cached_blocks=self.pool.num_cached,
+            num_quarantined_blocks=self.pool.num_quarantined,
+            num_steps=int(c["num_steps"]),
+            step_s=c["step_s"],
+            prompt_tokens=int(c["prompt_tokens"]),
+            generation_tokens=int(c["generation_tokens"]),
+            prefix_queries=int(c["prefix_queries"]),
+            prefix_hits=int(c["prefix_hits"]),
+            num_preemptions=int(c["num_preemptions"]),
+            transfers=int(c["transfers"]),
+            transfer_bytes=int(c["transfer_bytes"]),
+            transfers_failed=int(c["transfers_failed"]),
+            digest_failures=int(c["digest_failures"]),
+            last_token_age_s=age,
+        )
+
+    def check_integrity(self) -> None:
+        """When idle: every block is free or cached, nothing is reserved or quarantined, no state is left."""
+        self.pool.check_integrity()
+        if self.is_idle:
+            assert not self._running and not self._preempted and not self._by_grant and not self._job_of
+            assert self.pool.num_used == sum(len(blocks) for blocks in self._held.values())
+

@@ -1,0 +1,272 @@
+"""Who owns which KV block. Pure Python; the KV bytes themselves are somewhere else.
+
+    free ──allocate──> filling ──seal──> sealed ──last release──> free, or cached: sealed, no reference, evictable
+      │                   ^  │                                       ^  │ match
+      └──reserve──> reserved └──last release──> free                 └──┘
+                       │  └──last release──> free
+                       └──quarantine──> quarantined ──lift──> free
+
+A block has one writer (truth rule R2): its sequence while it is *filling*, a remote prefill worker while it is *reserved*,
+nobody once it is *sealed*. Only sealed blocks are shared through the prefix cache. Not thread-safe: one engine loop owns it.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+class BlockState(enum.Enum):
+    FREE = "free"
+    RESERVED = "reserved"
+    FILLING = "filling"
+    SEALED = "sealed"
+    QUARANTINED = "quarantined"
+
+
+class OutOfBlocks(Exception):
+    """Nothing was taken; the caller preempts somebody, refuses, or waits."""
+
+
+_FREE_RUN = re.compile(b"\x01+")
+
+
+class BlockPool:
+    """num_blocks blocks of block_size tokens, with reference counts and an LRU of sealed blocks that nobody references.
+
+    enable_prefix_caching False: sealed blocks are forgotten at their last release and match() finds nothing.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        assert num_blocks > 0, num_blocks
+        assert block_size > 0, block_size
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._states: list[BlockState] = [BlockState.FREE] * num_blocks
+        self._refs: list[int] = [0] * num_blocks
+        self._free = bytearray(b"\x01" * num_blocks)  # 1: free and not cached; bytes, so that runs are found at C speed
+        self._num_clear = num_blocks  # how many ones are in _free
+        self._num_quarantined = 0
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._added: dict[bytes, None] = {}
+        self._evicted: dict[bytes, None] = {}
+
+    # ---- numbers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def num_free(self) -> int:
+        """What allocate() can hand out: free blocks and cached blocks that nobody references."""
+        return self._num_clear + len(self._evictable)
+
+    @property
+    def num_used(self) -> int:
+        """Referenced or quarantined."""
+        return self.num_blocks - self.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Counted in num_free, but still holding KV that a prompt may match."""
+        return len(self._evictable)
+
+    @property
+    def num_quarantined(self) -> int:
+        return self._num_quarantined
+
+    def ref_count(self, block: int) -> int:
+        return self._refs[block]
+
+    def state(self, block: int) -> BlockState:
+        return self._states[block]
+
+    def is_writable(self, block: int) -> bool:
+        """Its one sequence may write it; otherwise copy on write."""
+        return self._states[block] is BlockState.FILLING and self._refs[block] == 1
+
+    # ---- prefix cache ----------------------------------------------------------------------------------------------
+
+    def peek(self, hashes: Iterable[bytes]) -> int:
+        """How many leading blocks match() would return."""
+        count = 0
+        for block_hash in hashes:
+            if block_hash not in self._block_of:
+                break
+            count += 1
+        return count
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix, with one reference more on each."""
+        found: list[int] = []
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        for block in found:
+            self._refs[block] += 1
+            self._evictable.pop(block, None)
+        return found
+
+    def take_events(self) -> tuple[list[bytes], list[bytes]]:
+        """(added, evicted) hashes since the last call, net: a hash is in at most one of the two."""
+        added, evicted = list(self._added), list(self._evicted)
+        self._added.clear()
+        self._evicted.clear()
+        return added, evicted
+
+    def cached_hashes(self) -> list[bytes]:
+        """Everything match() can find, for an index that has lost its place in the events."""
+        return list(self._block_of)
+
+    def drop_cache(self) -> int:
+        """Forget every cached block that nobody references. Returns how many."""
+        count = len(self._evictable)
+        while self._evictable:
+            self._clear(self._evict_oldest())
+        return count
+
+    # ---- life of a block -------------------------------------------------------------------------------------------
+
+    def allocate(self, n: int, after: int | None = None) -> list[int]:
+        """n filling blocks with one reference each, or OutOfBlocks and nothing is taken.
+
+        Prefers ascending neighbours, because attention reads such a sequence without a copy. after: the sequence's present
+        last block, whose right neighbour is the best choice.
+        """
+        return self._take(n, after, BlockState.FILLING)
+
+    def reserve(self, n: int, after: int | None = None) -> list[int]:
+        """The same for blocks that a remote worker will write."""
+        return self._take(n, after, BlockState.RESERVED)
+
+    def filling(self, block: int) -> None:
+        """The remote writer is done and verified, or never was: its sequence writes the block from now on."""
+        self._expect(block, BlockState.RESERVED)
+        self._states[block] = BlockState.FILLING
+
+    def seal(self, block: int, block_hash: bytes | None = None) -> None:
+        """Full and immutable. With a hash that the cache lacks, the block becomes findable under it."""
+        self._expect(block, BlockState.FILLING)
+        self._states[block] = BlockState.SEALED
+        if block_hash is not None and self.enable_prefix_caching and block_hash not in self._block_of:
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
+            if block_hash in self._evicted:
+                del self._evicted[block_hash]
+            else:
+                self._added[block_hash] = None
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One reference more on each."""
+        for block in blocks:
+            assert self._refs[block] > 0, f"block {block} is {self._states[block].value} and cannot be shared"
+            self._refs[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One reference less on each; a block without references is cached if it can be found, else free.
+
+        The end of a sequence is evicted before its beginning, which more prompts share.
+        """
+        for block in reversed(blocks):
+            assert self._refs[block] > 0, f"block {block} is released once too often ({self._states[block].value})"
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                if block in self._hash_of:
+                    self._evictable[block] = None
+                else:
+                    self._clear(block)
+
+    def quarantine(self, blocks: Iterable[int]) -> None:
+        """A late store may still hit these reserved blocks: nobody gets them before lift(). Takes the last reference."""
+        for block in blocks:
+            self._expect(block, BlockState.RESERVED)
+            assert self._refs[block] == 1, f"block {block} has {self._refs[block]} references and cannot be quarantined"
+            self._refs[block] = 0
+            self._states[block] = BlockState.QUARANTINED
+            self._num_quarantined += 1
+
+    def lift(self, blocks: Iterable[int]) -> None:
+        """Their writer has acknowledged or is seen to be dead."""
+        for block in blocks:
+            self._expect(block, BlockState.QUARANTINED)
+            self._num_quarantined -= 1
+            self._clear(block)
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _expect(self, block: int, state: BlockState) -> None:
+        assert self._states[block] is state, f"block {block} is {self._states[block].value}, not {state.value}"
+
+    def _clear(self, block: int) -> None:
+        self._states[block] = BlockState.FREE
+        self._free[block] = 1
+        self._num_clear += 1
+
+    def _evict_oldest(self) -> int:
+        block, _ = self._evictable.popitem(last=False)
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        if block_hash in self._added:
+            del self._added[block_hash]
+        else:
+            self._evicted[block_hash] = None
+        return block
+
+    def _take(self, n: int, after: int | None, state: BlockState) -> list[int]:
+        if n > self.num_free:
+            raise OutOfBlocks(f"{n} blocks wanted, {self.num_free} of {self.num_blocks} can be had")
+        taken: list[int] = []
+        if after is not None:
+            self._mark(taken, after + 1, self._run_len(after + 1, n))
+        while len(taken) < n and self._num_clear:
+            start, length = self._best_run(n - len(taken))
+            self._mark(taken, start, length)
+        if len(taken) < n:
+            taken += sorted(self._evict_oldest() for _ in range(n - len(taken)))
+        for block in taken:
+            self._states[block] = state
+            self._refs[block] = 1
+        return taken
+
+    def _run_len(self, start: int, longest: int) -> int:
+        """How many free blocks follow each other from start, at most longest."""
+        end = self._free.find(0, start, start + longest)
+        return (min(start + longest, self.num_blocks) if end < 0 else end) - start
+
+    def _best_run(self, n: int) -> tuple[int, int]:
+        """(start, length <= n) inside the longest free run, in its middle: a neighbour on each side can still grow."""
+        start, end = max((m.span() for m in _FREE_RUN.finditer(self._free)), key=lambda span: span[1] - span[0])
+        length = min(n, end - start)
+        return start + (end - start - length) // 2, length
+
+    def _mark(self, taken: list[int], start: int, length: int) -> None:
+        if length <= 0:
+            return
+        self._free[start : start + length] = bytes(length)
+        self._num_clear -= length
+        taken.extend(range(start, start + length))
+
+    def check_integrity(self) -> None:
+        """Every count agrees with every other. Raises AssertionError with the story."""
+        assert sum(self._free) == self._num_clear, f"{sum(self._free)} blocks are marked free, {self._num_clear} counted"
+        num_quarantined = self._states.count(BlockState.QUARANTINED)
+        assert num_quarantined == self._num_quarantined, f"{num_quarantined} quarantined, {self._num_quarantined} counted"
+        for block, (state, refs) in enumerate(zip(self._states, self._refs, strict=True)):
+            story = f"block {block} is {state.value} with {refs} references"
+            assert refs >= 0, story
+            assert bool(self._free[block]) == (state is BlockState.FREE), f"{story}, free mark {self._free[block]}"
+            held = state in (BlockState.RESERVED, BlockState.FILLING) or (
+                state is BlockState.SEALED and block not in self._evictable
+            )
+            assert held == (refs > 0), f"{story}, evictable: {block in self._evictable}"
+            if block in self._evictable:
+                assert state is BlockState.SEALED, f"{story}, but evictable"
+                assert block in self._hash_of, f"{story}, evictable and without a hash"
+        assert len(self._block_of) == len(self._hash_of), f"{len(self._block_of)} hashes, {len(self._hash_of)} blocks"
+        for block, block_hash in self._hash_of.items():
+            assert self._block_of.get(block_hash) == block, f"block {block} and the cache disagree on {block_hash.hex()}"
+            assert self._states[block] is BlockState.SEALED, f"cached block {block} is {self._states[block].value}"

@@ -1,0 +1,103 @@
+"""One choice of one request inside an engine: its tokens, its blocks, and how much of it has been computed.
+
+State and derived numbers only. What happens to it is decided by the planners of prefill/ and decode/ and done by their
+workers; the runner never changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.hashing import extend_hashes
+from protocol.request import Request
+
+
+class Sequence:
+    """token_ids: prompt + output. blocks[i] holds the KV of tokens [i*block_size, (i+1)*block_size).
+
+    num_computed: tokens whose KV is in the blocks. A running sequence has exactly one uncomputed token, the newest.
+    output_token_ids: what was delivered before a resumption.
+    """
+
+    __slots__ = ("request", "choice", "token_ids", "blocks", "num_computed", "block_hashes")
+
+    def __init__(self, request: Request, choice: int = 0, output_token_ids: Iterable[int] = ()) -> None:
+        self.request = request
+        self.choice = choice
+        self.token_ids: list[int] = [*request.prompt_token_ids, *output_token_ids]
+        self.blocks: list[int] = []
+        self.num_computed = 0
+        self.block_hashes: list[bytes] = []
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.request_id!r}, choice={self.choice}, {self.num_computed}/{len(self.token_ids)} computed, "
+            f"prompt_len={self.prompt_len}, blocks={self.blocks})"
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """(request_id, choice): unique among the sequences of a worker."""
+        return self.request.request_id, self.choice
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """A copy."""
+        return self.token_ids[self.prompt_len :]
+
+    @property
+    def last_token(self) -> int:
+        return self.token_ids[-1]
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Everything but the newest token is computed, and that token was sampled."""
+        return self.num_uncomputed == 1 and self.output_len > 0
+
+    def num_blocks_for(self, num_tokens: int, block_size: int) -> int:
+        """How many blocks are missing before num_tokens tokens of this sequence have a place."""
+        return max(0, -(-num_tokens // block_size) - len(self.blocks))
+
+    def num_full_blocks(self, block_size: int) -> int:
+        """Blocks whose every token is computed: these can be sealed."""
+        return self.num_computed // block_size
+
+    def last_block_is_full(self, block_size: int) -> bool:
+        """The blocks have no place for one more token."""
+        return len(self.token_ids) > len(self.blocks) * block_size
+
+    def extend_hashes(self, block_size: int, salt: bytes) -> None:
+        """Bring block_hashes up to date with token_ids. Cheap when nothing is new."""
+        extend_hashes(self.block_hashes, self.token_ids, block_size, salt)
+
+    def append(self, token: int) -> None:
+        self.token_ids.append(token)
+
+    def fork(self, choice: int) -> Sequence:
+        """A sibling that shares every block with this one; the caller takes the references (BlockPool.share)."""
+        sibling = Sequence(self.request, choice)
+        sibling.token_ids = list(self.token_ids)
+        sibling.blocks = list(self.blocks)
+        sibling.num_computed = self.num_computed
+        sibling.block_hashes = list(self.block_hashes)
+        return sibling
+
+    def forget_blocks(self) -> list[int]:
+        """For preemption: nothing is computed any more. Returns the blocks, whose references the caller releases."""
+        blocks, self.blocks, self.num_computed = self.blocks, [], 0
+        return blocks

@@ -1,0 +1,226 @@
+"""The one door to every operation a model needs: here a device chooses its implementation.
+
+On the CPU these are torch operations arranged for few copies and few calls; on CUDA decode attention is the Triton kernel of
+paged_decode.py. Each has a twin in reference.py. Called by models/; engine/batch.py builds the AttentionPlan.
+
+KV of one layer: [num_blocks, 2 (K, V), num_kv_heads, block_size, head_dim].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PIECE_LEN = 4096  # tokens of context that are copied out of the pool at a time: bounds memory for long contexts
+WINDOW_QUERIES = 256  # queries per explicit mask under sliding-window attention
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Rows [start, start + length) of a batch are the tokens of one sequence that follow its context_len computed ones.
+
+    blocks: the sequence's blocks, at least as many as context_len + length tokens need.
+    """
+
+    start: int
+    length: int
+    context_len: int
+    blocks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionPlan:
+    """What every layer of one batch shares. The first num_single spans have one token each, so row i is span i.
+
+    slots: rows of a layer seen as [num_blocks * 2 * num_kv_heads * block_size, head_dim], [num_tokens, 2, num_kv_heads].
+    gathers: for each single span, its blocks as index tensors or slices. block_tables, seq_lens: CUDA only, for the singles.
+    """
+
+    spans: tuple[Span, ...]
+    num_single: int
+    slots: Tensor
+    block_tables: Tensor | None = None  # int32 [num_single, max_blocks]
+    seq_lens: Tensor | None = None  # int32 [num_single]
+
+
+# ---- pieces of a layer -----------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last axis."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [rows, in] @ weight [out, in].T + bias -> contiguous [rows, out]."""
+    rows = x.shape[0]
+    if x.device.type == "cpu" and x.dtype is torch.float32 and rows <= 4:
+        return _linear_few_rows(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """weight @ x.T: MKL reads a tall matrix times few columns at up to twice the speed of the other order, and times two
+    columns faster than times one."""
+    rows = x.shape[0]
+    if rows == 1:
+        x = F.pad(x, (0, 0, 0, 1))
+    out = torch.mm(weight, x.t()).t()[:rows]
+    return out.contiguous() if bias is None else out + bias
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of [rows, 2 * width] = [gate | up] -> [rows, width]. Overwrites its argument."""
+    width = gate_up.shape[-1] // 2
+    return F.silu(gate_up[:, :width], inplace=True).mul_(gate_up[:, width:])
+
+
+def rotation(positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """What rotate() turns by, once per batch: complex64 [num_tokens, 1, head_dim / 2]."""
+    angles = positions[:, None].float() * inv_freq
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotary embedding in place on neighbouring pairs of the last axis; x [num_tokens, heads, head_dim].
+
+    Checkpoints keep the two of a pair half a head apart; models/llama.py moves them together once, when it loads.
+    """
+    if x.dtype is torch.float32:
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn)
+        return x
+    wide = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))).mul_(turn)
+    return x.copy_(torch.view_as_real(wide).flatten(-2))
+
+
+def write_kv(kv_layer: Tensor, rows: Tensor, plan: AttentionPlan) -> None:
+    """Store the K and V rows [num_tokens, 2, num_kv_heads, head_dim] of a batch in their blocks."""
+    kv_layer.view(-1, kv_layer.shape[-1])[plan.slots] = rows
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor, rows: Tensor, kv_layer: Tensor, plan: AttentionPlan, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention of a batch over its sequences' contexts, after write_kv() of the same rows.
+
+    q [num_tokens, num_heads, head_dim], rows [num_tokens, 2, num_kv_heads, head_dim] -> [num_tokens, num_heads * head_dim].
+    window: a token sees itself and the window - 1 tokens before it.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    out = q.new_empty(num_tokens, num_heads, head_dim)
+    if plan.num_single:
+        if plan.block_tables is not None and window is None:
+            from kernels.paged_decode import paged_decode_attention
+
+            singles = q[: plan.num_single]
+            out[: plan.num_single] = paged_decode_attention(singles, kv_layer, plan.block_tables, plan.seq_lens, scale)
+        else:
+            _attend_singles(out, q, kv_layer, plan, scale, window)
+    for span in plan.spans[plan.num_single :]:
+        if window is not None and span.context_len + span.length > window:
+            _attend_windowed(out, q, kv_layer, span, scale, window)
+        else:
+            _attend_span(out, q, rows, kv_layer, span, scale)
+    return out.view(num_tokens, num_heads * head_dim)
+
+
+def _partial(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(output, logsumexp of the scores); q, k, v [batch, heads, tokens, head_dim], head_dim contiguous."""
+    if q.device.type == "cpu":
+        return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)  # type: ignore[no-any-return]
+    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if causal:
+        scores += torch.full(scores.shape[-2:], float("-inf"), device=q.device).triu(1)
+    if mask is not None:
+        scores += mask
+    lse = scores.logsumexp(-1)
+    return (torch.exp(scores - lse.unsqueeze(-1)) @ v.float()).to(q.dtype), lse
+
+
+def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys from attention over each (as in flash decoding)."""
+    lse = torch.logaddexp(first[1], second[1])
+    share = torch.exp(second[1] - lse).unsqueeze(-1).to(first[0].dtype)
+    return torch.lerp(first[0], second[0], share), lse
+
+
+def _gather(kv_layer: Tensor, blocks: Sequence[int], start: int, end: int) -> Tensor:
+    """Tokens [start, end) of a sequence, copied together: [2, num_kv_heads, end - start, head_dim].
+
+    One copy either way; a slice of the pool is cheaper to read than an index, so neighbouring blocks use one.
+    """
+    _, two, num_kv_heads, block_size, head_dim = kv_layer.shape
+    first, last = start // block_size, (end - 1) // block_size
+    wanted = blocks[first : last + 1]
+    num = last + 1 - first
+    if wanted[-1] - wanted[0] == num - 1 and all(b - a == 1 for a, b in zip(wanted, wanted[1:], strict=False)):
+        part = kv_layer[wanted[0] : wanted[0] + num]
+    else:
+        part = kv_layer[torch.tensor(wanted, device=kv_layer.device)]
+    together = part.permute(1, 2, 0, 3, 4).reshape(two, num_kv_heads, num * block_size, head_dim)
+    return together[:, :, start - first * block_size : end - first * block_size]
+
+
+def _attend_context(q: Tensor, kv_layer: Tensor, blocks: Sequence[int], start: int, end: int, scale: float) -> tuple[Tensor, Tensor]:
+    """q [num_kv_heads, queries, head_dim], every query sees tokens [start, end), in pieces of bounded size."""
+    result: tuple[Tensor, Tensor] | None = None
+    for begin in range(start, end, PIECE_LEN):
+        k, v = _gather(kv_layer, blocks, begin, min(end, begin + PIECE_LEN))
+        piece = _partial(q[None], k[None], v[None], scale)
+        result = piece if result is None else _merge(result, piece)
+    assert result is not None, (start, end)
+    return result[0][0], result[1][0]
+
+
+def _attend_singles(out: Tensor, q: Tensor, kv_layer: Tensor, plan: AttentionPlan, scale: float, window: int | None) -> None:
+    """One query per sequence. The query heads of one KV head lie on the query axis, so K and V are not repeated."""
+    num_kv_heads = kv_layer.shape[2]
+    for row, span in enumerate(plan.spans[: plan.num_single]):
+        end = span.context_len + 1
+        start = 0 if window is None else max(0, end - window)
+        heads = q[row].unflatten(0, (num_kv_heads, -1))
+        out[row] = _attend_context(heads, kv_layer, span.blocks, start, end, scale)[0].flatten(0, 1)
+
+
+def _attend_span(out: Tensor, q: Tensor, rows: Tensor, kv_layer: Tensor, span: Span, scale: float) -> None:
+    """A chunk: causal among its own rows, plus the whole context before it, joined by their logsumexps."""
+    num_kv_heads, head_dim = rows.shape[2:]
+    own = slice(span.start, span.start + span.length)
+    queries = q[own].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [num_kv_heads, group, length, head_dim]
+    group = queries.shape[1]
+    k, v = rows[own].permute(1, 2, 0, 3).unsqueeze(2).expand(-1, -1, group, -1, -1)  # no copy: the group has stride 0
+    result = _partial(queries, k, v, scale, causal=True)
+    if span.context_len:
+        flat = queries.reshape(num_kv_heads, group * span.length, head_dim)
+        before, lse = _attend_context(flat, kv_layer, span.blocks, 0, span.context_len, scale)
+        result = _merge(result, (before.view_as(result[0]), lse.view_as(result[1])))
+    out[own] = result[0].permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _attend_windowed(out: Tensor, q: Tensor, kv_layer: Tensor, span: Span, scale: float, window: int) -> None:
+    """A chunk whose oldest tokens fall out of the window: explicit masks, a few queries at a time."""
+    num_kv_heads = kv_layer.shape[2]
+    for first in range(0, span.length, WINDOW_QUERIES):
+        count = min(WINDOW_QUERIES, span.length - first)
+        begin = span.context_len + first  # position of the first query
+        start, end = max(0, begin - window + 1), begin + count
+        k, v = _gather(kv_layer, span.blocks, start, end)
+        query_at = torch.arange(begin, end, device=q.device)[:, None]
+        key_at = torch.arange(start, end, device=q.device)[None, :]
+        mask = torch.zeros(count, end - start, device=q.device, dtype=q.dtype)
+        mask.masked_fill_((key_at > query_at) | (key_at <= query_at - window), -math.inf)
+        own = slice(span.start + first, span.start + first + count)
+        queries = q[own].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+        k, v = (x.unsqueeze(1).expand(-1, queries.shape[1], -1, -1) for x in (k, v))
+        result, _ = _partial(queries, k, v, scale, mask=mask)
+        out[own] = result.permute(2, 0, 1, 3).flatten(1, 2)

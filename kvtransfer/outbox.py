@@ -1,0 +1,272 @@
+"""The sender of a transport that works in a thread of its own: a bounded queue in front, one lane behind.
+
+    engine thread: push ──> [bounded queue] ──> sender thread: hash, lane.store ──> the peer's blocks
+    event loop:    finish, abort ──> [same queue, never refused] ──> lane.fence ──> future
+
+Not here: how bytes travel; that is the lane's (shm.py, tcp.py). Made by link.make_sender.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kvtransfer.outgoing import Lane, LinkBroken, Transfer, check_grant, never_pushed
+from kvtransfer.pool import KVPool
+from kvtransfer.transport import Pair, TransferStats
+from protocol.errors import DeadlineExceeded, InternalError, TandemError, TransferFailed
+from protocol.kv import KVEndpoint
+from protocol.ticket import Grant
+
+log = logging.getLogger(__name__)
+
+MAX_RETRIES = 1  # per transfer: the second break of a link in one transfer is the network's answer
+
+
+class _Kind(enum.Enum):
+    WARM = "warm"
+    PUSH = "push"
+    FENCE = "fence"
+    ABORT = "abort"
+    REPAIR = "repair"
+
+
+class _Job(NamedTuple):
+    kind: _Kind
+    transfer: Transfer | None = None
+    layer: int = 0
+    pairs: Sequence[Pair] = ()
+
+
+class Outbox:
+    """A `Sender` (transport.py) over a lane.
+
+    max_queued: pushes waiting. push_timeout_s: how long a push may hold up the engine when the queue is full.
+    """
+
+    def __init__(
+        self, lane: Lane, pool: KVPool, *, name: str = "peer", max_queued: int = 4096, push_timeout_s: float = 0.25
+    ) -> None:
+        self.stats = TransferStats()
+        self._lane = lane
+        self._pool = pool
+        self._max_queued = max_queued
+        self._push_timeout_s = push_timeout_s
+        self._changed = threading.Condition()  # guards all below; reentrant
+        self._jobs: deque[_Job] = deque([_Job(_Kind.WARM)])
+        self._num_pushes = 0
+        self._transfers: dict[str, Transfer] = {}
+        self._stopping: dict[str, Transfer] = {}  # aborted, and something of it may still be under way
+        self._is_closing = False
+        lane.attach(lambda: self._post(_Job(_Kind.REPAIR)))
+        # daemon: a process that is going down must not wait for a peer that does not answer
+        self._thread = threading.Thread(target=self._run, name=f"kv-send:{name}", daemon=True)
+        self._thread.start()
+
+    # ---- any thread ------------------------------------------------------------------------------------------------
+
+    def open(self, grant: Grant, endpoint: KVEndpoint) -> None:
+        check_grant(grant, endpoint, self._lane.endpoint, self._pool, self._lane.num_blocks)
+        with self._changed:
+            assert grant.grant_id not in self._transfers, f"grant {grant.grant_id} is open already"
+            transfer = self._transfers[grant.grant_id] = Transfer(grant, self._pool)
+            if self._is_closing:
+                transfer.fail(TransferFailed("the KV sender is closed"))
+
+    def push(self, grant_id: str, layer: int, pairs: Sequence[Pair]) -> bool:
+        transfer = self._transfers.get(grant_id)
+        if transfer is None or transfer.failure is not None:
+            return False
+        transfer.check_push(layer, pairs)
+        assert not transfer.is_fenced, "push after finish"
+        with self._changed:
+            has_room = self._changed.wait_for(
+                lambda: self._num_pushes < self._max_queued or self._is_closing or transfer.failure is not None,
+                self._push_timeout_s,
+            )
+            if transfer.failure is not None or self._is_closing:
+                return False
+            if has_room:
+                self._num_pushes += 1
+                self._jobs.append(_Job(_Kind.PUSH, transfer, layer, tuple(pairs)))
+                self._changed.notify_all()
+                return True
+        transfer.fail(
+            TransferFailed(
+                f"{self._max_queued} pushes were waiting for {self._lane.endpoint} for {self._push_timeout_s:g} s: "
+                "the link or the peer is too slow (transfer.push_timeout_s)"
+            )
+        )
+        return False
+
+    async def finish(self, grant_id: str, timeout: float) -> bytes:
+        with self._changed:
+            transfer = self._transfers.get(grant_id)
+            if transfer is None:
+                raise TransferFailed(f"no transfer of grant {grant_id} is open")
+            future = transfer.wanted()
+            if not transfer.is_over:
+                self._post(_Job(_Kind.FENCE, transfer))
+        started = time.perf_counter()
+        try:
+            digests = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+        except TimeoutError:
+            error = DeadlineExceeded(f"KV of grant {grant_id} had not landed after {timeout:g} s (transfer.finish_timeout_s)")
+            transfer.fail(error)
+            raise error from None
+        with self._changed:
+            self._transfers.pop(grant_id, None)
+            self.stats.transfers += 1
+            self.stats.exposed_s += time.perf_counter() - started
+        return digests
+
+    async def abort(self, grant_id: str) -> None:
+        with self._changed:
+            transfer = self._transfers.pop(grant_id, None)
+            if transfer is None:
+                return
+            self.stats.failed += transfer.failure is not None
+            transfer.fail(TransferFailed(f"grant {grant_id} was aborted"))
+            self._num_pushes -= sum(job.kind is _Kind.PUSH for job in self._jobs if job.transfer is transfer)
+            self._jobs = deque(job for job in self._jobs if job.transfer is not transfer)
+            stopped = transfer.stopping()
+            if not self._thread.is_alive():
+                return
+            # The thread may be in the middle of a store of this transfer; the answer comes when it has got this far.
+            self._stopping[grant_id] = transfer
+            self._jobs.appendleft(_Job(_Kind.ABORT, transfer))
+            self._changed.notify_all()
+        try:
+            await asyncio.wrap_future(stopped)
+        finally:
+            self._stopping.pop(grant_id, None)
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closing = True
+            for transfer in self._transfers.values():
+                transfer.fail(TransferFailed("the KV sender was closed"))
+            self._changed.notify_all()
+        self._thread.join(1.0)
+
+    def _post(self, job: _Job) -> None:
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify_all()
+
+    # ---- the sender's thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            started = time.perf_counter()
+            try:
+                self._work(job)
+            except LinkBroken as error:
+                self._repair(error)
+            except TandemError as error:
+                self._give_up(job.transfer, error)
+            except Exception:  # one request's fault must not end the thread that serves the others (R11)
+                log.exception("KV sender: %s failed", job.kind.value)
+                self._give_up(job.transfer, InternalError("the KV sender failed; the worker's log has the details"))
+            if job.kind is not _Kind.WARM:
+                self.stats.seconds += time.perf_counter() - started
+        self._lane.close()
+        with self._changed:
+            for transfer in self._stopping.values():
+                transfer.stopped()
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._jobs) or self._is_closing)
+            if self._is_closing:
+                return None
+            job = self._jobs.popleft()
+            if job.kind is _Kind.PUSH:
+                self._num_pushes -= 1
+                self._changed.notify_all()
+            return job
+
+    def _work(self, job: _Job) -> None:
+        transfer = job.transfer
+        if job.kind is _Kind.WARM:
+            with contextlib.suppress(LinkBroken, TandemError):
+                self._lane.warm()
+        elif job.kind is _Kind.REPAIR:
+            if self._lane.is_broken():
+                self._repair(LinkBroken("the peer closed the connection"))
+        elif transfer is None:
+            raise AssertionError(f"a {job.kind.value} job without a transfer")
+        elif job.kind is _Kind.ABORT:
+            self._stop(transfer)
+        elif transfer.failure is not None:
+            return
+        elif job.kind is _Kind.PUSH:
+            transfer.pushed.append((job.layer, job.pairs))
+            self._store(transfer, job.layer, job.pairs)
+        elif job.kind is _Kind.FENCE:
+            self._fence(transfer)
+
+    def _give_up(self, transfer: Transfer | None, error: TandemError) -> None:
+        if transfer is not None:
+            transfer.fail(error)
+
+    def _store(self, transfer: Transfer, layer: int, pairs: Sequence[Pair]) -> None:
+        before = transfer.nbytes
+        self._lane.store(transfer, layer, transfer.prepare(layer, pairs))
+        self.stats.nbytes += transfer.nbytes - before
+
+    def _fence(self, transfer: Transfer) -> None:
+        if transfer.num_missing:
+            raise never_pushed(transfer)
+        transfer.is_fenced = True
+        self._lane.fence(transfer)
+
+    def _stop(self, transfer: Transfer) -> None:
+        """Nothing was stored, or a fence says when it has landed. Without a link only the receiver's forget() can
+        refuse.
+        """
+        if not transfer.pushed:
+            transfer.stopped()
+            return
+        try:
+            self._lane.fence(transfer)
+        except (LinkBroken, TandemError):
+            transfer.stopped()
+
+    def _repair(self, error: LinkBroken) -> None:
+        """Send again, over a new link, what may not have landed; each transfer once. Its source blocks are still
+        untouched.
+        """
+        while True:
+            self._lane.reset()
+            with self._changed:
+                for transfer in self._stopping.values():
+                    transfer.stopped()
+                begun = [t for t in self._transfers.values() if t.pushed and not t.is_over]
+            for transfer in begun:
+                if transfer.num_retries >= MAX_RETRIES:
+                    transfer.fail(TransferFailed(f"the link to {self._lane.endpoint} broke twice: {error}"))
+                transfer.num_retries += 1
+            try:
+                for transfer in begun:
+                    if not transfer.is_over:
+                        self._replay(transfer)
+                return
+            except LinkBroken as next_error:
+                error = next_error
+
+    def _replay(self, transfer: Transfer) -> None:
+        try:
+            for layer, pairs in transfer.pushed:
+                self._store(transfer, layer, pairs)
+            if transfer.is_fenced:
+                self._lane.fence(transfer)
+        except TandemError as error:
+            transfer.fail(error)

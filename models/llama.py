@@ -1,0 +1,152 @@
+"""Llama, Mistral, Qwen2 and Qwen3: one decoder, whose few differences are fields of ModelConfig.
+
+Plain tensors instead of nn.Module: nothing here is trained, and a parameter is a lookup in a slot. q, k, v are one matrix
+and so are gate and up; their rows are filled from the checkpoint's separate tensors. Within each q and k head the rows are
+reordered so that the two of a rotary pair are neighbours (their dot products do not change by it).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels import ops
+from models.config import ModelConfig, Rope
+from models.interface import ForwardBatch, OnLayer
+from models.weights import Slot
+
+
+class Layer:
+    """The parameters of one decoder layer. None: this family has none."""
+
+    __slots__ = (
+        "attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias",
+        "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "window",
+    )  # fmt: skip
+
+    def __init__(self, config: ModelConfig, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        def new(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        hidden, width = config.hidden_size, config.intermediate_size
+        q_width = config.num_heads * config.head_dim
+        qkv_width = q_width + 2 * config.num_kv_heads * config.head_dim
+        self.attention_norm = new(hidden)
+        self.qkv = new(qkv_width, hidden)
+        self.qkv_bias = new(qkv_width) if config.qkv_bias else None
+        self.q_norm = new(config.head_dim) if config.qk_norm else None
+        self.k_norm = new(config.head_dim) if config.qk_norm else None
+        self.o = new(hidden, q_width)
+        self.o_bias = new(hidden) if config.o_bias else None
+        self.mlp_norm = new(hidden)
+        self.gate_up = new(2 * width, hidden)
+        self.gate_up_bias = new(2 * width) if config.mlp_bias else None
+        self.down = new(hidden, width)
+        self.down_bias = new(hidden) if config.mlp_bias else None
+        self.window = window
+
+
+class Llama:
+    """models.interface.Model. Parameters are uninitialised until the slots are filled."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = [Layer(config, config.window(index), dtype, device) for index in range(config.num_layers)]
+        self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
+        self.head = self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding)
+        self.inv_freq = inverse_frequencies(config.rope, config.head_dim).to(device)
+
+    def slots(self) -> dict[str, Slot]:
+        """Every tensor of a Hugging Face checkpoint of these families, and where it goes."""
+        config, slots = self.config, {}
+        sizes = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+
+        def pairs(tensor: Tensor) -> Tensor:
+            """Rows i and i + head_dim / 2 of each head become rows 2i and 2i + 1."""
+            heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
+            return heads.transpose(1, 2).flatten(0, 2)
+
+        for index, layer in enumerate(self.layers):
+            at = f"model.layers.{index}."
+            slots[at + "input_layernorm.weight"] = Slot(layer.attention_norm)
+            slots[at + "post_attention_layernorm.weight"] = Slot(layer.mlp_norm)
+            for kind, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
+                if fused is not None:
+                    q, k, v = fused.split(sizes)
+                    slots[f"{at}self_attn.q_proj.{kind}"] = Slot(q, pairs)
+                    slots[f"{at}self_attn.k_proj.{kind}"] = Slot(k, pairs)
+                    slots[f"{at}self_attn.v_proj.{kind}"] = Slot(v)
+            for kind, fused in (("weight", layer.gate_up), ("bias", layer.gate_up_bias)):
+                if fused is not None:
+                    gate, up = fused.chunk(2)
+                    slots[f"{at}mlp.gate_proj.{kind}"] = Slot(gate)
+                    slots[f"{at}mlp.up_proj.{kind}"] = Slot(up)
+            for name, tensor, arrange in (
+                ("self_attn.o_proj.weight", layer.o, None),
+                ("self_attn.o_proj.bias", layer.o_bias, None),
+                ("self_attn.q_norm.weight", layer.q_norm, pairs),
+                ("self_attn.k_norm.weight", layer.k_norm, pairs),
+                ("mlp.down_proj.weight", layer.down, None),
+                ("mlp.down_proj.bias", layer.down_bias, None),
+            ):
+                if tensor is not None:
+                    slots[at + name] = Slot(tensor, arrange)
+        slots["model.embed_tokens.weight"] = Slot(self.embedding)
+        slots["model.norm.weight"] = Slot(self.norm)
+        if self.head is not self.embedding:
+            slots["lm_head.weight"] = Slot(self.head)
+        return slots
+
+    def forward(self, batch: ForwardBatch, kv: Tensor, on_layer: OnLayer | None = None) -> Tensor:
+        """Hidden states before the last norm, [num_tokens, hidden_size]."""
+        config = self.config
+        num_tokens = batch.token_ids.shape[0]
+        num_qk_heads = config.num_heads + config.num_kv_heads
+        qk_width = num_qk_heads * config.head_dim
+        q_width = config.num_heads * config.head_dim
+        scale = config.head_dim**-0.5
+        eps = config.rms_norm_eps
+        turn = ops.rotation(batch.positions, self.inv_freq)
+        hidden = torch.embedding(self.embedding, batch.token_ids)
+        for index, layer in enumerate(self.layers):
+            kv_layer = kv[index]
+            qkv = ops.linear(ops.rms_norm(hidden, layer.attention_norm, eps), layer.qkv, layer.qkv_bias)
+            qk = qkv[:, :qk_width].view(num_tokens, num_qk_heads, config.head_dim)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = qk.split([config.num_heads, config.num_kv_heads], dim=1)
+                q.copy_(ops.rms_norm(q, layer.q_norm, eps))
+                k.copy_(ops.rms_norm(k, layer.k_norm, eps))
+            ops.rotate(qk, turn)
+            rows = qkv[:, q_width:].view(num_tokens, 2, config.num_kv_heads, config.head_dim)
+            ops.write_kv(kv_layer, rows, batch.attention)
+            if on_layer is not None:
+                on_layer(index)
+            attended = ops.attention(qk[:, : config.num_heads], rows, kv_layer, batch.attention, scale, layer.window)
+            hidden = ops.linear(attended, layer.o, layer.o_bias).add_(hidden)
+            inner = ops.linear(ops.rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias)
+            hidden = ops.linear(ops.silu_mul(inner), layer.down, layer.down_bias).add_(hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return ops.linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head).float()
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
+    """float32 [head_dim / 2]. "llama3" is Llama 3.1's rule: long wavelengths slowed by factor, a blend in between."""
+    inv_freq = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    if rope.kind == "linear":
+        return inv_freq / rope.factor
+    if rope.kind == "llama3":
+        context = rope.original_max_position_embeddings
+        wavelength = 2 * math.pi / inv_freq
+        slowed = inv_freq / rope.factor
+        span = rope.high_freq_factor - rope.low_freq_factor
+        smooth = (context / wavelength - rope.low_freq_factor) / span
+        blend = (1 - smooth) * slowed + smooth * inv_freq
+        inv_freq = torch.where(wavelength > context / rope.low_freq_factor, slowed, inv_freq)
+        between = (wavelength <= context / rope.low_freq_factor) & (wavelength >= context / rope.high_freq_factor)
+        inv_freq = torch.where(between, blend, inv_freq)
+    return inv_freq

@@ -1,0 +1,1 @@
+"""The prefill role: `planner.py` (pure: state in, plan out) and `worker.py` (plan, run, emit)."""

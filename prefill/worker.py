@@ -1,0 +1,478 @@
+"""A prefill worker: computes prompts in chunks, samples token 1, pushes KV into the decode worker's granted blocks.
+
+KV leaves while it is made: after each layer of each chunk the blocks that the chunk completed go to the pair's sender thread.
+Then the manifest is signed and sent to the decode worker (`Seal`), which verifies before it reads. Like the decode worker it
+is given network, clock and `compute`, and keeps its state on the event loop. `step()` reads: plan, run, emit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+
+from engine.batch import Chunk
+from engine.blocks import BlockPool, OutOfBlocks
+from engine.prefix import attach_prefix, seal_full_blocks
+from engine.runner import ModelRunner, StepResult
+from engine.sequence import Sequence
+from engine.stopping import finish_reason
+from kvtransfer.handoff import Outbound
+from kvtransfer.transport import Sender
+from prefill.planner import num_admissible, plan
+from protocol.errors import InternalError, InvalidRequest, Overloaded, TandemError, TransferFailed, WorkerLost, to_failure
+from protocol.kv import KVEndpoint, KVLayout
+from protocol.messages import (
+    Cancel,
+    Handshake,
+    HandshakeAccepted,
+    Message,
+    Ok,
+    Prefill,
+    RequestFailed,
+    Seal,
+    StopWriting,
+    TokenFrame,
+    TokenUpdate,
+    WorkerStats,
+    WriterDone,
+)
+from protocol.network import Clock, Network, Peer
+from protocol.ticket import FirstToken, Grant
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+Compute = Callable[[Callable[[], _T]], Awaitable[_T]]
+CALL_TIMEOUT_S = 10.0
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    incarnation: str
+    layout: KVLayout
+    max_model_len: int
+    transports: tuple[str, ...]  # in order of preference
+    boot_id: str
+    pid: int
+    start_ticks: int
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    max_waiting: int = 4096
+    transfer_timeout_s: float = 30.0
+
+
+class Job:
+    """One prompt here: its sequence, its grant, the link to its decode worker."""
+
+    def __init__(self, message: Prefill, gateway: Peer, sender: Sender, decode: Peer) -> None:
+        self.request = message.request
+        self.epoch = message.ticket.epoch
+        self.grant: Grant = message.grant
+        self.gateway = gateway
+        self.sender = sender
+        self.decode = decode
+        self.sequence = Sequence(message.request, 0, output_token_ids=message.output_token_ids[0] if message.output_token_ids else ())
+        self.num_pushed = self.grant.num_cached_blocks  # blocks of the grant that are on their way, or that decode had
+        self.cached_tokens = 0
+        self.is_dropped = False
+
+
+class Link:
+    """What a hand-shake with one decode worker yielded."""
+
+    def __init__(self, peer: Peer, endpoint: KVEndpoint, sender: Sender) -> None:
+        self.peer = peer
+        self.endpoint = endpoint
+        self.sender = sender
+
+
+class PrefillWorker:
+    """See the module. make_sender(endpoint) builds the transport that the hand-shake chose."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        runner: ModelRunner,
+        pool: BlockPool,
+        make_sender: Callable[[KVEndpoint], Sender],
+        network: Network,
+        clock: Clock,
+        compute: Compute,
+        secret: bytes,
+    ) -> None:
+        self.settings = settings
+        self.runner = runner
+        self.pool = pool
+        self.outbound = Outbound(settings.incarnation, settings.layout, secret)
+        self._make_sender = make_sender
+        self._network = network
+        self._clock = clock
+        self._compute = compute
+        self._secret = secret
+        self._jobs: dict[str, Job] = {}  # by request_id: one attempt at a time
+        self._by_grant: dict[str, Job] = {}  # until our blocks are given back
+        self._waiting: deque[Job] = deque()
+        self._active: list[Job] = []
+        self._links: dict[str, Link] = {}  # by decode incarnation
+        self._linking: dict[str, asyncio.Lock] = {}
+        self._in_step = False
+        self._after_step: list[Callable[[], None]] = []
+        self._sealing: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self.is_draining = False
+        self.last_token_at: float | None = None
+        self._counts: dict[str, float] = defaultdict(float)
+
+    # ---- messages --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        await self._network.serve(self.handle, self.on_lost)
+
+    async def handle(self, peer: Peer, message: Message) -> Message | None:
+        if isinstance(message, Prefill):
+            return await self._accept(peer, message)
+        if isinstance(message, Cancel):
+            self._soon(lambda: self._cancel(message))
+            return None
+        if isinstance(message, StopWriting):
+            return await self._stop_writing(message)
+        raise InvalidRequest(f"a prefill worker does not take {type(message).__name__}")
+
+    def on_lost(self, peer: Peer) -> None:
+        """A gateway or a decode worker is gone: what was prefilled for it is of no use."""
+
+        def clean() -> None:
+            for job in [j for j in self._jobs.values() if j.gateway is peer or j.decode is peer]:
+                if job.decode is peer:
+                    self._tell_failure(job, WorkerLost("the decode worker that granted the blocks is gone"))
+                self._drop(job)
+            for incarnation, link in list(self._links.items()):
+                if link.peer is peer:
+                    del self._links[incarnation]
+                    link.sender.close()
+
+        self._soon(clean)
+
+    async def _accept(self, gateway: Peer, message: Prefill) -> Ok:
+        ticket, grant = message.ticket, message.grant
+        if ticket.prefill is None or ticket.prefill.incarnation != self.settings.incarnation:
+            raise TransferFailed(f"the ticket is not for {self.settings.incarnation}, which lives here now")
+        if (grant.request_id, grant.epoch) != (message.request.request_id, ticket.epoch):
+            raise TransferFailed("grant and ticket are not of the same attempt")
+        if self.is_draining or len(self._jobs) >= self.settings.max_waiting:
+            raise Overloaded("this prefill worker takes no new work now", retry_after=1.0)
+        needed = self.settings.layout.num_blocks_for(grant.num_tokens)
+        if needed > self.pool.num_blocks:
+            raise InvalidRequest(
+                f"the prompt needs {needed} KV blocks, the prefill pool has {self.pool.num_blocks}; shorten it or raise "
+                "--num-gpu-blocks-override (model.kv_cache_bytes on a CPU)",
+                param="prompt",
+            )
+        known = self._jobs.get(grant.request_id)
+        if known is not None:
+            if known.epoch >= grant.epoch:
+                raise TransferFailed(f"epoch {grant.epoch} is stale: {known.epoch} is here")
+            self._soon(lambda: self._drop(known))
+        link = await self._link(grant)
+        self.outbound.opened(grant, self._clock())
+        try:
+            link.sender.open(grant, link.endpoint)
+        except TandemError:
+            self.outbound.failing(grant.grant_id)
+            self.outbound.aborted(grant.grant_id)
+            raise
+        job = Job(message, gateway, link.sender, link.peer)
+        self._jobs[grant.request_id] = job
+        self._by_grant[grant.grant_id] = job
+        self._waiting.append(job)
+        self._wake.set()
+        return Ok()
+
+    async def _link(self, grant: Grant) -> Link:
+        """The link to a decode worker's present life, by hand-shake where there is none."""
+        incarnation = grant.decode_incarnation
+        async with self._linking.setdefault(incarnation, asyncio.Lock()):
+            known = self._links.get(incarnation)
+            if known is not None and not known.peer.is_closed:
+                return known
+            difference = self.settings.layout.difference(grant.layout)
+            if difference is not None:
+                raise TransferFailed(f"prefill and decode differ: {difference}")
+            peer = await self._network.connect(grant.control_address)
+            s = self.settings
+            message = Handshake(s.incarnation, s.layout, s.transports, s.boot_id, s.pid, s.start_ticks)
+            answer = await peer.call(message, CALL_TIMEOUT_S)
+            assert isinstance(answer, HandshakeAccepted)
+            if answer.incarnation != incarnation:
+                raise TransferFailed(f"at {grant.control_address} lives {answer.incarnation}, not {incarnation}")
+            for grant_id in answer.void_grants:
+                self.outbound.stop_writing(grant_id, self._clock())
+            link = Link(peer, answer.endpoint, self._make_sender(answer.endpoint))
+            self._links[incarnation] = link
+            return link
+
+    # ---- giving up -------------------------------------------------------------------------------------------------
+
+    def _soon(self, act: Callable[[], None]) -> None:
+        if self._in_step:
+            self._after_step.append(act)
+        else:
+            act()
+
+    def _cancel(self, message: Cancel) -> None:
+        job = self._jobs.get(message.request_id)
+        if job is not None and message.epoch in (0, job.epoch) and message.choice is None:
+            self._drop(job)
+
+    def _tell_failure(self, job: Job, error: TandemError, stage: str = "prefill") -> None:
+        job.gateway.send(RequestFailed(job.request.request_id, job.epoch, stage, to_failure(error)))
+
+    def _drop(self, job: Job) -> None:
+        """Take one prompt down; its blocks come back once no store of ours reads them. Idempotent."""
+        if job.is_dropped:
+            return
+        job.is_dropped = True
+        if self._jobs.get(job.request.request_id) is job:
+            del self._jobs[job.request.request_id]
+        if job in self._active:
+            self._active.remove(job)
+        if job in self._waiting:
+            self._waiting.remove(job)
+        self._background(self._abort(job))
+
+    async def _abort(self, job: Job) -> None:
+        """Stop writing, tell decode so (the acknowledgement that ends a quarantine, R2), give our blocks back."""
+        grant_id = job.grant.grant_id
+        self.outbound.failing(grant_id)
+        await job.sender.abort(grant_id)
+        self.outbound.aborted(grant_id)
+        job.decode.send(WriterDone(grant_id))
+        self._release(job)
+
+    async def _stop_writing(self, message: StopWriting) -> Ok:
+        """Decode says that a grant is void. Our Ok is our word that nothing of ours is stored there any more."""
+        if not self.outbound.stop_writing(message.grant_id, self._clock()):
+            job = self._by_grant[message.grant_id]
+            await job.sender.abort(message.grant_id)
+            self._soon(lambda: self._drop(job))
+        return Ok()
+
+    def _release(self, job: Job) -> None:
+        self.pool.release(job.sequence.blocks)
+        job.sequence.blocks = []
+        self._by_grant.pop(job.grant.grant_id, None)
+        self._wake.set()
+
+    def _background(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._sealing.add(task)
+        task.add_done_callback(self._sealing.discard)
+
+    # ---- the step --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        while True:
+            if not self._active and not self._admit():
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            await self.step()
+
+    async def step(self) -> None:
+        """Plan, run, emit."""
+        self._admit()
+        planned = plan([job.sequence for job in self._active], self.settings.max_num_batched_tokens)
+        jobs = {id(job.sequence): job for job in self._active}
+        chunks = [self._chunk(jobs[id(sequence)], num_tokens) for sequence, num_tokens in planned]
+        pushes = [self._completed_blocks(jobs[id(c.sequence)], c) for c in chunks]
+        self._in_step = True
+        started = time.perf_counter()
+        try:
+            result = await self._compute(lambda: self.runner.run(chunks, lambda layer: _push(layer, pushes)))
+        except Exception as error:  # R11: the batch fails, the loop goes on
+            log.exception("a prefill step failed")
+            failure = InternalError(f"a prefill step failed ({type(error).__name__}); the worker's log has the details")
+            result = None
+            for chunk in chunks:
+                self._give_up(jobs[id(chunk.sequence)], failure)
+        finally:
+            self._in_step = False
+        self._counts["num_steps"] += 1
+        self._counts["step_s"] += time.perf_counter() - started
+        if result is not None:
+            self._emit(chunks, result, jobs)
+        acts, self._after_step = self._after_step, []
+        for act in acts:
+            act()
+
+    def _admit(self) -> bool:
+        """Let waiting prompts in while there are blocks for them whole. True when somebody is active."""
+        layout = self.settings.layout
+        needs = [layout.num_blocks_for(job.grant.num_tokens) for job in list(self._waiting)[: self.settings.max_num_seqs]]
+        for _ in range(num_admissible(needs, len(self._active), self.settings.max_num_seqs, self.pool.num_free)):
+            job = self._waiting[0]
+            try:
+                attach_prefix(self.pool, job.sequence, layout, 0)
+            except OutOfBlocks:
+                break
+            self._waiting.popleft()
+            job.cached_tokens = job.sequence.num_computed
+            self._counts["prefix_queries"] += job.grant.num_tokens
+            self._counts["prefix_hits"] += job.cached_tokens
+            self._active.append(job)
+        return bool(self._active)
+
+    def _chunk(self, job: Job, num_tokens: int) -> Chunk:
+        sequence = job.sequence
+        if num_tokens < sequence.num_uncomputed:
+            return Chunk(sequence, num_tokens, ())
+        return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(c) for c in range(1, job.request.sampling.n))))
+
+    def _completed_blocks(self, job: Job, chunk: Chunk) -> tuple[Sender, str, list[tuple[int, int]]]:
+        """(my block, its index in the grant) for all blocks that are whole after this chunk and were not sent before."""
+        layout = self.settings.layout
+        end = job.sequence.num_computed + chunk.num_tokens
+        num_whole = layout.num_blocks_for(end) if end == job.grant.num_tokens else end // layout.block_size
+        pairs = [(job.sequence.blocks[i], i) for i in range(job.num_pushed, num_whole)]
+        job.num_pushed = max(job.num_pushed, num_whole)
+        return job.sender, job.grant.grant_id, pairs
+
+    def _emit(self, chunks: list[Chunk], result: StepResult, jobs: dict[int, Job]) -> None:
+        samples = {id(sample.sequence): sample for sample in result.samples}
+        for chunk in chunks:
+            job = jobs[id(chunk.sequence)]
+            job.sequence.num_computed += chunk.num_tokens
+            self._counts["prompt_tokens"] += chunk.num_tokens
+            seal_full_blocks(self.pool, job.sequence, self.settings.layout)
+            if not chunk.samples or job.is_dropped:
+                continue
+            self._active.remove(job)
+            bad = next((samples[id(s)].error for s in chunk.samples if samples[id(s)].error is not None), None)
+            if bad is not None:
+                self._give_up(job, InternalError(bad))
+                continue
+            self._first_tokens(job, [(s, samples[id(s)]) for s in chunk.samples])
+
+    def _first_tokens(self, job: Job, sampled: list) -> None:
+        """Token 1 of every choice: to the gateway at once, and into the manifest."""
+        updates, first = [], []
+        for sequence, sample in sampled:
+            index = sequence.output_len
+            sequence.append(sample.token)
+            reason, stop = finish_reason(sequence, self.settings.max_model_len) or (None, None)
+            logprobs = (sample.logprobs,) if sample.logprobs is not None else None
+            updates.append(
+                TokenUpdate(
+                    request_id=job.request.request_id,
+                    epoch=job.epoch,
+                    choice=sequence.choice,
+                    index=index,
+                    tokens=(sample.token,),
+                    logprobs=logprobs,
+                    finish_reason=reason,
+                    stop_reason=stop,
+                    cached_tokens=job.cached_tokens,
+                    from_prefill=True,
+                )
+            )
+            first.append(FirstToken(sequence.choice, sample.token, reason, stop, sample.logprobs))
+        self.last_token_at = self._clock()
+        self._counts["generation_tokens"] += len(first)
+        job.gateway.send(TokenFrame(tuple(updates)))
+        if all(f.finish_reason is not None for f in first):
+            self._drop(job)  # it ends here: nothing is sealed, decode gets its blocks back with our acknowledgement
+        else:
+            self._background(self._finish(job, tuple(first)))
+
+    async def _finish(self, job: Job, first_tokens: tuple[FirstToken, ...]) -> None:
+        """Wait until the KV has landed, sign what was written, and have it verified."""
+        grant = job.grant
+        started = time.perf_counter()
+        try:
+            self.outbound.finishing(grant.grant_id)
+            digests = await job.sender.finish(grant.grant_id, self.settings.transfer_timeout_s)
+            manifest = self.outbound.sealed(grant.grant_id, digests, first_tokens)
+            await job.decode.call(Seal(manifest), self.settings.transfer_timeout_s)
+        except Exception as error:
+            if not isinstance(error, TandemError):
+                log.exception("handing over %s", grant.grant_id)
+            if not job.is_dropped:
+                fault = error if isinstance(error, TandemError) else InternalError("the hand-over failed; see the log")
+                self._counts["transfers_failed"] += 1
+                self._tell_failure(job, TransferFailed(f"KV transfer: {fault.message}"), "transfer")
+                self._drop(job)
+            return
+        self._counts["transfers"] += 1
+        self._counts["transfer_s"] += time.perf_counter() - started
+        self._counts["transfer_bytes"] += manifest.num_written * self.settings.layout.block_nbytes
+        if not job.is_dropped:
+            job.is_dropped = True
+            self._jobs.pop(job.request.request_id, None)
+            self._release(job)
+
+    def _give_up(self, job: Job, error: TandemError) -> None:
+        def act() -> None:
+            self._tell_failure(job, error)
+            self._drop(job)
+
+        self._after_step.append(act)
+
+    # ---- what others see -------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Prompts whose lease ran out before they were even started are not worth starting."""
+        for grant_id in self.outbound.expired(self._clock()):
+            job = self._by_grant.get(grant_id)
+            if job is not None:
+                self._soon(lambda job=job: self._expire(job))
+
+    def _expire(self, job: Job) -> None:
+        self._tell_failure(job, TransferFailed("the lease ran out before the prefill was done (transfer.lease_s)"), "transfer")
+        self._drop(job)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._jobs and not self._sealing
+
+    def in_flight(self) -> tuple[tuple[str, int], ...]:
+        return tuple((job.request.request_id, job.epoch) for job in self._jobs.values())
+
+    def stats(self) -> WorkerStats:
+        c = self._counts
+        age = -1.0 if self.last_token_at is None else self._clock() - self.last_token_at
+        return WorkerStats(
+            num_running=len(self._active),
+            num_waiting=len(self._waiting),
+            num_free_blocks=self.pool.num_free,
+            num_used_blocks=self.pool.num_used,
+            num_cached_blocks=self.pool.num_cached,
+            num_quarantined_blocks=self.pool.num_quarantined,
+            num_steps=int(c["num_steps"]),
+            step_s=c["step_s"],
+            prompt_tokens=int(c["prompt_tokens"]),
+            generation_tokens=int(c["generation_tokens"]),
+            prefix_queries=int(c["prefix_queries"]),
+            prefix_hits=int(c["prefix_hits"]),
+            transfers=int(c["transfers"]),
+            transfer_bytes=int(c["transfer_bytes"]),
+            transfer_s=c["transfer_s"],
+            transfers_failed=int(c["transfers_failed"]),
+            last_token_age_s=age,
+        )
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity()
+        if self.is_idle:
+            assert not self._active and not self._waiting and self.pool.num_used == 0
+
+
+def _push(layer: int, pushes: list[tuple[Sender, str, list[tuple[int, int]]]]) -> None:
+    """Called by the engine's thread after each layer: hand the layer's finished blocks to the sender threads."""
+    for sender, grant_id, pairs in pushes:
+        if pairs:
+            sender.push(grant_id, layer, pairs)

@@ -1,0 +1,64 @@
+"""What the gateway's walk yields for one request. Exactly one of `Finished` and `Failed` comes, and comes last."""
+
+from __future__ import annotations
+
+import msgspec
+
+from protocol.errors import Failure
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """One position: the token's own log-probability and rank (1 = most likely), and the k best as (token, logprob) pairs."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class PromptScored(msgspec.Struct, frozen=True):
+    """Log-probabilities of the prompt; None at position 0, which nothing predicts. Comes before any token."""
+
+    logprobs: tuple[TokenLogprobs | None, ...]
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """New tokens of one choice, in order, and the text that they complete (empty while a glyph or a stop string is pending)."""
+
+    choice: int
+    index: int  # position of the first of them among the choice's output tokens
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None  # "stop" | "length": set on the choice's last Tokens event
+    stop_reason: int | str | None = None  # the stop token id or stop string; None for EOS and length
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """Seconds on the gateway's monotonic clock, each phase of the walk. 0.0 where a phase did not happen."""
+
+    queue_s: float = 0.0  # received -> placed
+    prefill_s: float = 0.0  # placed -> first token
+    transfer_s: float = 0.0  # first token -> decode's first frame
+    decode_s: float = 0.0  # first token -> last token
+    ttft_s: float = 0.0  # received -> first token
+    e2e_s: float = 0.0
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    num_resumptions: int = 0  # how often another worker had to take over
+
+
+class Finished(msgspec.Struct, frozen=True):
+    usage: Usage
+    timing: Timing
+
+
+class Failed(msgspec.Struct, frozen=True):
+    failure: Failure
+
+
+Event = PromptScored | Tokens | Finished | Failed

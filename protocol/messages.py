@@ -1,0 +1,320 @@
+"""Every message between gateway, scheduler and workers: one tagged union, `Message`, encoded with msgpack.
+
+Named by what they ask. `-> X` in a docstring is the answer to a call; the others are sent without one. An answer of any
+call may also be a `Failure`. No pickle, no client field that was not validated into a `Request`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from protocol.errors import Failure
+from protocol.events import TokenLogprobs
+from protocol.kv import KVEndpoint, KVLayout
+from protocol.request import Request
+from protocol.ticket import Grant, Manifest, Ticket
+
+
+class Ok(msgspec.Struct, frozen=True, tag="ok"):
+    """The empty answer."""
+
+
+# ---- gateway -> scheduler ------------------------------------------------------------------------------------------
+
+
+class Admit(msgspec.Struct, frozen=True, tag="admit", kw_only=True):
+    """Place this request. -> Ticket, when it is its turn; Failure (429, 503) when it cannot be.
+
+    prefix_hashes: chained hashes of the prompt's whole hash-blocks. excluded: incarnations that just failed it.
+    resumption: it was running and goes to the head of the queue. deadline_s: give up after so long in the queue.
+    local_prefill: the decode worker must prefill by itself (choices that already differ cannot share one prefill).
+    """
+
+    request_id: str
+    model: str
+    tenant: str
+    slo_class: str
+    priority: int
+    prompt_len: int
+    max_tokens: int
+    num_choices: int = 1
+    prefix_hashes: tuple[bytes, ...] = ()
+    excluded: tuple[str, ...] = ()
+    resumption: bool = False
+    local_prefill: bool = False
+    last_epoch: int = 0
+    deadline_s: float = 600.0
+
+
+class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
+    """The client is gone while its request was still queued."""
+
+    request_id: str
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """The first token is out: the prefill worker's load of this request is over. prefill_s: placed -> first token."""
+
+    request_id: str
+    epoch: int
+    prefill_s: float
+
+
+class Outcome(msgspec.Struct, frozen=True, tag="outcome", kw_only=True):
+    """The gateway alone tells how a request ended. kind: "finished" | "failed" | "cancelled"."""
+
+    request_id: str
+    epoch: int
+    kind: str
+    tenant: str
+    slo_class: str
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    queue_s: float
+    ttft_s: float
+    tpot_s: float
+    e2e_s: float
+    failure_kind: str = ""
+
+
+class GatewayBeat(msgspec.Struct, frozen=True, tag="gateway_beat"):
+    """I am alive, and these requests are mine as (request_id, epoch). -> Ok. Missing beats free what the gateway held."""
+
+    gateway_id: str
+    in_flight: tuple[tuple[str, int], ...]
+
+
+class AskStatus(msgspec.Struct, frozen=True, tag="ask_status"):
+    """-> Status"""
+
+
+class AskMetrics(msgspec.Struct, frozen=True, tag="ask_metrics"):
+    """-> Metrics"""
+
+
+class Metrics(msgspec.Struct, frozen=True, tag="metrics"):
+    """The whole cluster in Prometheus text format 0.0.4."""
+
+    text: str
+
+
+class Status(msgspec.Struct, frozen=True, tag="status"):
+    """The scheduler's view as JSON (one document; `tandem status`, the dashboard and /metrics read it)."""
+
+    json: bytes
+
+
+# ---- worker -> scheduler -------------------------------------------------------------------------------------------
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, tag="worker_info", kw_only=True):
+    """Register this life of a worker. -> Ok"""
+
+    incarnation: str
+    role: str
+    name: str  # "decode:0", for people
+    address: str
+    model: str
+    layout: KVLayout
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    pid: int
+    host: str
+    device: str
+    can_prefill: bool = True
+
+
+class WorkerStats(msgspec.Struct, frozen=True, tag="worker_stats", kw_only=True):
+    """Cumulative counters and present gauges of one worker. Times are sums of seconds."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_used_blocks: int = 0  # referenced by a sequence, a grant or a quarantine
+    num_cached_blocks: int = 0  # free, but still holding reusable prefix KV
+    num_quarantined_blocks: int = 0
+    num_steps: int = 0
+    step_s: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0  # tokens
+    prefix_hits: int = 0  # tokens
+    num_preemptions: int = 0
+    transfers: int = 0
+    transfer_bytes: int = 0
+    transfer_s: float = 0.0
+    transfers_failed: int = 0
+    digest_failures: int = 0
+    last_token_age_s: float = -1.0  # seconds since it last produced a token; -1: never
+    rss_bytes: int = 0
+
+
+class WorkerBeat(msgspec.Struct, frozen=True, tag="worker_beat"):
+    """I am alive. -> Ok; Failure("NotFound") when the scheduler does not know this incarnation (register again)."""
+
+    incarnation: str
+    state: str  # "loading" | "ready" | "draining"
+    stats: WorkerStats
+    running: tuple[tuple[str, int], ...] = ()  # (request_id, epoch)
+
+
+class WorkerPhase(msgspec.Struct, frozen=True, tag="worker_phase"):
+    """How far a worker's start-up is, in words and seconds; printed by `tandem serve`."""
+
+    name: str
+    role: str
+    incarnation: str
+    phase: str
+    detail: str
+    elapsed_s: float
+
+
+# ---- gateway -> worker ---------------------------------------------------------------------------------------------
+
+
+class Reserve(msgspec.Struct, frozen=True, tag="reserve"):
+    """Decode: set blocks aside. -> Grant. output_token_ids: per choice, what was delivered before a resumption.
+
+    With ticket.prefill None the decode worker starts to prefill by itself at once.
+    """
+
+    ticket: Ticket
+    request: Request
+    output_token_ids: tuple[tuple[int, ...], ...] = ()
+    lease_s: float = 30.0
+
+
+class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
+    """Prefill: compute the prompt's KV, sample token 1 of each choice, push the KV into the grant's blocks. -> Ok (accepted)"""
+
+    ticket: Ticket
+    grant: Grant
+    request: Request
+    output_token_ids: tuple[tuple[int, ...], ...] = ()
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Stop work on a request (or on one choice of it) and give its blocks back. epoch 0: whichever attempt."""
+
+    request_id: str
+    epoch: int = 0
+    choice: int | None = None
+
+
+# ---- worker -> gateway ---------------------------------------------------------------------------------------------
+
+
+class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one choice. `index` is the place of tokens[0] among the choice's output tokens (truth rule R5)."""
+
+    request_id: str
+    epoch: int
+    choice: int
+    index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    from_prefill: bool = False  # sampled by the prefill worker; decode's first frame repeats it
+
+
+class TokenFrame(msgspec.Struct, frozen=True, tag="tokens"):
+    """All tokens of one engine step that belong to one gateway."""
+
+    updates: tuple[TokenUpdate, ...]
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag="request_failed"):
+    """One attempt ended badly on a worker. stage: "prefill" | "transfer" | "decode"."""
+
+    request_id: str
+    epoch: int
+    stage: str
+    failure: Failure
+
+
+# ---- prefill worker <-> decode worker ------------------------------------------------------------------------------
+
+
+class Handshake(msgspec.Struct, frozen=True, tag="handshake"):
+    """Prefill asks: can we exchange KV? -> HandshakeAccepted, or Failure("HandshakeRefused") with both values."""
+
+    incarnation: str
+    layout: KVLayout
+    transports: tuple[str, ...]  # in order of preference
+    boot_id: str
+    pid: int = 0
+    start_ticks: int = 0  # with pid and boot_id: this very process, so that its death can be observed
+
+
+class HandshakeAccepted(msgspec.Struct, frozen=True, tag="handshake_accepted"):
+    """void_grants: given to this life of the writer and taken back before it first called; it must refuse them."""
+
+    incarnation: str
+    layout: KVLayout
+    endpoint: KVEndpoint
+    void_grants: tuple[str, ...] = ()
+
+
+class Seal(msgspec.Struct, frozen=True, tag="seal"):
+    """The KV is on the wire and has landed; verify and start. -> Ok once verified, Failure("TransferFailed") if not."""
+
+    manifest: Manifest
+
+
+class WriterDone(msgspec.Struct, frozen=True, tag="writer_done"):
+    """Prefill will never again write into this grant's blocks: the acknowledgement that ends a quarantine (R2)."""
+
+    grant_id: str
+
+
+class StopWriting(msgspec.Struct, frozen=True, tag="stop_writing"):
+    """Decode: this grant is void. -> Ok when the writer has stopped (the same acknowledgement, asked for)."""
+
+    grant_id: str
+
+
+Message = (
+    Ok
+    | Failure
+    | Admit
+    | Withdraw
+    | Ticket
+    | Progress
+    | Outcome
+    | GatewayBeat
+    | AskStatus
+    | Status
+    | AskMetrics
+    | Metrics
+    | WorkerInfo
+    | WorkerBeat
+    | WorkerPhase
+    | Reserve
+    | Grant
+    | Prefill
+    | Cancel
+    | TokenFrame
+    | RequestFailed
+    | Handshake
+    | HandshakeAccepted
+    | Seal
+    | WriterDone
+    | StopWriting
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> Message:
+    """Raises msgspec.DecodeError or ValidationError on anything that is not one of ours."""
+    return _decoder.decode(data)
