@@ -44,9 +44,11 @@ class Scribe:
         }
 
     def completion(self, token_ids: Sequence[int], scored: Sequence[TokenLogprobs | None], offset: int) -> dict[str, Any]:
-        """choices[].logprobs: parallel lists. offset: characters before the first token. A prompt's first token has none.
+        """choices[].logprobs: parallel lists. offset: characters before the first token. A prompt's first token has
+        none.
 
-        The token itself is among its top_logprobs with the very same float, so that comparing the two tells greedy from not.
+        The token itself is among its top_logprobs with the very same float, so that comparing the two tells greedy
+        from not.
         """
         tokens = [self.token(token) for token in token_ids]
         values: list[float | None] = []
@@ -177,7 +179,11 @@ class WholeAnswer:
         job = self._job
         prompt = index // job.num_choices
         text = "".join(choice.texts)
-        answer: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+        answer: dict[str, Any] = {
+            "index": index,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
         if job.is_chat:
             answer["message"] = {"role": "assistant", "content": text, "refusal": None, "tool_calls": []}
             answer["logprobs"] = {"content": self._scribe.chat(choice.logprobs)} if job.has_logprobs else None

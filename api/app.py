@@ -1,4 +1,7 @@
-"""The HTTP application: `build_app(backend, tokenizer, settings)` gives a plain FastAPI app, for Ray Serve, uvicorn or a test."""
+"""The HTTP application: `build_app(backend, tokenizer, settings)` gives a plain FastAPI app.
+
+Nothing of Ray Serve is in it: `cluster/` mounts it there, uvicorn or a test can run it as well.
+"""
 
 from __future__ import annotations
 

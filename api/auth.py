@@ -1,7 +1,7 @@
 """Who asks: the bearer key of a request, and the tenant that it stands for.
 
-Decided per matched route and closed by default: a route is open only if its function is marked with `open_to_all`. So no
-spelling of a path can pass the check of one route and reach another. Keys are kept and compared as SHA-256 digests.
+Decided per matched route and closed by default: a route is open only if its function is marked with `open_to_all`. So
+no spelling of a path can pass the check of one route and reach another. Keys are kept and compared as SHA-256 digests.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from protocol.request import Request
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """One served model. Several names may stand for the same model: one card each, with the same `root`.
 
-    vocab_size: the width of the logits; every token id that a client names is checked against it. default_sampling: values
-    of SamplingParams that hold where a request says nothing (generation_config.json).
+    vocab_size: the width of the logits; every token id that a client names is checked against it. default_sampling:
+    values of SamplingParams that hold where a request says nothing (generation_config.json).
     """
 
     id: str
@@ -36,8 +36,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How the HTTP side behaves. Durations in seconds.
 
-    api_keys: SHA-256 (hex) of each key -> its tenant; empty: no key is asked for. salt_secret: the cluster's, so that every
-    gateway salts a tenant's prefix blocks alike. promise_*: what the dashboard measures against.
+    api_keys: SHA-256 (hex) of each key -> its tenant; empty: no key is asked for. salt_secret: the cluster's, so that
+    every gateway salts a tenant's prefix blocks alike. promise_*: what the dashboard measures against.
     """
 
     api_keys: dict[str, str] = {}
@@ -53,7 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     promise_tpot_s: float = 0.1
 
     def cache_salt(self, tenant: str, client_salt: str = "") -> str:
-        """What keeps this tenant's prefix blocks apart. A client may divide its own blocks further, never reach others'."""
+        """What keeps this tenant's prefix blocks apart. A client may divide its own blocks further, never reach
+        others'."""
         if not self.api_keys and not client_salt:
             return ""
         message = tenant.encode() + b"\0" + client_salt.encode()

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from protocol.errors import InvalidRequest, ModelError
 
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize"})
-_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # one thing under three names; templates read the first two
+_REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # one thing; templates read the first two
 _END_MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # its trailing space tells whether the template trims the message
 
 
@@ -96,7 +96,7 @@ class ChatTemplate:
         """The prompt text. Raises InvalidRequest with the template's own words when it refuses the messages."""
         chat = [_with_reasoning({k: v for k, v in message.items() if v is not None}) for message in messages]
         if not chat:
-            raise InvalidRequest("messages is empty; it needs at least one message", param="messages")
+            raise _refused("messages is empty; it needs at least one message")
         final = self._mark_end(chat) if continue_final_message else None
         try:
             text = self._render(
@@ -107,18 +107,21 @@ class ChatTemplate:
                 **{**self._special_tokens, **(variables or {})},
             )
         except jinja2.exceptions.TemplateError as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", param="messages") from None
+            raise _refused(f"the model's chat template refuses these messages: {error}") from None
         except Exception as error:  # a template is a program: whatever it trips over, it was given these messages
-            kind = type(error).__name__
-            raise InvalidRequest(f"the model's chat template fails on these messages ({kind})", param="messages") from None
+            raise _refused(f"the model's chat template fails on these messages ({type(error).__name__})") from None
         return text if final is None else _cut_at_mark(text, final)
 
     def _mark_end(self, chat: list[dict[str, Any]]) -> str:
         content = chat[-1].get("content")
         if not isinstance(content, str) or not content:
-            raise InvalidRequest("continue_final_message: the last message has no text to continue", param="messages")
+            raise _refused("continue_final_message: the last message has no text to continue")
         chat[-1]["content"] = content + _END_MARK
         return content
+
+
+def _refused(why: str) -> InvalidRequest:
+    return InvalidRequest(why, param="messages")
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
@@ -129,6 +132,6 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 def _cut_at_mark(text: str, final: str) -> str:
     mark = text.rfind(_END_MARK.strip())
     if mark < 0 or final.strip() not in text:
-        raise InvalidRequest("continue_final_message: the chat template does not keep the last message whole", param="messages")
+        raise _refused("continue_final_message: the chat template does not keep the last message whole")
     is_trimmed = text[mark : mark + len(_END_MARK)] != _END_MARK
     return text[:mark].rstrip() if is_trimmed else text[:mark]

@@ -22,9 +22,22 @@ from protocol.request import MAX_LOGPROBS, Request, SamplingParams
 
 _TOKEN_ID = re.compile(r"[0-9]{1,10}")
 _SAME_NAME = (
-    "n temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed stop stop_token_ids "
-    "include_stop_str_in_output min_tokens ignore_eos skip_special_tokens"
-).split()
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "min_tokens",
+    "ignore_eos",
+    "skip_special_tokens",
+)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI and vLLM have it
 
@@ -97,14 +110,12 @@ async def completion_job(
         echo_texts = tuple(p if isinstance(p, str) else tokenizer.decode(i, False) for p, i in zip(prompts, ids, strict=True))
     return _job(
         body, card, tenant, settings, ids, sampling,
-        is_chat=False, echo_texts=echo_texts, prompt_only=prompt_only, renamed={},
+        is_chat=False, echo_texts=echo_texts, prompt_only=prompt_only, renamed={}, limit_is_ours=max_tokens is None,
         has_logprobs=body.logprobs is not None, num_top=body.logprobs or 0,
     )  # fmt: skip
 
 
-async def chat_job(
-    body: ChatBody, tenant: str, cards: Sequence[ModelCard], tokenizer: Tokenizer, settings: Settings
-) -> Job:
+async def chat_job(body: ChatBody, tenant: str, cards: Sequence[ModelCard], tokenizer: Tokenizer, settings: Settings) -> Job:
     """Raises InvalidRequest, PromptTooLong, NotFound."""
     card = find_model(body.model, cards)
     _check_width(1, body, settings)
@@ -131,12 +142,9 @@ async def chat_job(
     except InvalidRequest as error:
         raise _renamed(error, renamed) from None
     ids = _truncated(ids, body, card, sampling)
-    if with_limit is None or (max_tokens is None and len(ids) + with_limit > card.max_model_len):
-        rest = max(1, card.max_model_len - len(ids))
-        sampling = msgspec.structs.replace(sampling, max_tokens=rest, min_tokens=min(sampling.min_tokens, rest))
     return _job(
         body, card, tenant, settings, [ids], sampling,
-        is_chat=True, echo_texts=None, prompt_only=False, renamed=renamed,
+        is_chat=True, echo_texts=None, prompt_only=False, renamed=renamed, limit_is_ours=max_tokens is None,
         has_logprobs=bool(body.logprobs), num_top=num_top,
     )  # fmt: skip
 
@@ -234,6 +242,7 @@ def _job(
     echo_texts: tuple[str, ...] | None,
     prompt_only: bool,
     renamed: dict[str, str],
+    limit_is_ours: bool,
     has_logprobs: bool,
     num_top: int,
 ) -> Job:
@@ -243,7 +252,11 @@ def _job(
     unique = secrets.token_hex(12)
     salt = settings.cache_salt(tenant, body.cache_salt or "")
     requests = []
+    wanted = sampling
     for i, prompt in enumerate(ids):
+        rest = card.max_model_len - len(prompt)
+        if limit_is_ours and rest > 0:  # only a limit that the client asked for may be too large
+            sampling = msgspec.structs.replace(wanted, max_tokens=min(wanted.max_tokens or rest, rest))
         request = Request(
             request_id=unique if len(ids) == 1 else f"{unique}-{i}",
             model=card.root,

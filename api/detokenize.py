@@ -20,7 +20,7 @@ NUM_CONTEXT_TOKENS = 6  # of the prompt, so that a first space is kept where it 
 
 
 class Detokenizer:
-    """Text of one choice. `prompt_token_ids` are context only: after a prompt, a leading space belongs to the answer."""
+    """Text of one choice. `prompt_token_ids` are context only: after a prompt, a first space belongs to the answer."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class PieceDecoder:
 
 
 class WindowDecoder:
-    """For decoders that are not additive: decode a window of some tokens with and without the new ones, keep the difference.
+    """For decoders that are not additive: decode a window with and without the new tokens, keep the difference.
 
     The method of two offsets that vLLM and TGI use: [prefix, read) is text already given, [read, end) is pending.
     """

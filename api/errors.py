@@ -1,7 +1,7 @@
 """protocol.errors as HTTP: one envelope for everything, in OpenAI's shape.
 
-`{"error": {"message", "type", "param", "code"}}`, Retry-After in whole seconds, and x-should-retry, which OpenAI's clients
-obey. An exception that is not ours never shows its text: it may hold a prompt.
+`{"error": {"message", "type", "param", "code"}}`, Retry-After in whole seconds, and x-should-retry, which OpenAI's
+clients obey. An exception that is not ours never shows its text: it may hold a prompt.
 """
 
 from __future__ import annotations

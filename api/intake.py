@@ -1,7 +1,7 @@
 """From bytes on a socket to a checked JSON object: everything hostile about a body is refused here.
 
-Size and time are limited while reading; JSON is strict: UTF-8, no BOM, no duplicate keys, no NaN or Infinity, nothing after the
-value, no deep nesting, no lone surrogates. What the fields mean is `schema.py`'s.
+Size and time are limited while reading; JSON is strict: UTF-8, no BOM, no duplicate keys, no NaN or Infinity, nothing
+after the value, no deep nesting, no lone surrogates. What the fields mean is `schema.py`'s.
 """
 
 from __future__ import annotations
@@ -136,5 +136,12 @@ def _check_text(text: str, field: str) -> None:
 
 
 def _json_name(value: Any) -> str:
-    names = {list: "an array", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    names = {
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return names.get(type(value), "something else")

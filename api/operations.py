@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, Response
 
 from api.auth import open_to_all
 from api.convert import find_model, render_messages
@@ -103,7 +103,8 @@ def _add_health_routes(app: FastAPI, service: Service) -> None:
         return json_response({"server_load": service.num_in_flight})
 
     for path in ("/health", "/ready", "/ping"):
-        app.add_api_route(path, health, methods=["GET", "HEAD"])
+        app.add_api_route(path, health, methods=["GET"])
+        app.add_api_route(path, health, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/version", version, methods=["GET"])
     app.add_api_route("/metrics", metrics, methods=["GET"])
     app.add_api_route("/load", load, methods=["GET"])
@@ -130,14 +131,10 @@ def _add_pages(app: FastAPI, service: Service) -> None:
     async def openapi() -> Response:
         return json_response(app.openapi())
 
-    async def robots() -> Response:
-        return PlainTextResponse("User-agent: *\nDisallow: /\n")
-
     app.add_api_route("/", front, methods=["GET"], include_in_schema=False)
     app.add_api_route("/dashboard", dashboard, methods=["GET"], include_in_schema=False)
     app.add_api_route("/dashboard/data", dashboard_data, methods=["GET"], include_in_schema=False)
     app.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
-    app.add_api_route("/robots.txt", open_to_all(robots), methods=["GET"], include_in_schema=False)
 
 
 async def _dashboard_data(service: Service) -> dict[str, Any]:
@@ -154,7 +151,8 @@ async def _dashboard_data(service: Service) -> dict[str, Any]:
 
 
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-_FRONT_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Tandem</title><style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui;max-width:44rem;margin:3rem auto;
-padding:0 1rem}}td{{padding:.2rem 1.5rem .2rem 0;vertical-align:top}}</style>
+_FRONT_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>Tandem</title>
+<style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui;max-width:44rem;margin:3rem auto;padding:0 1rem}}
+td{{padding:.2rem 1.5rem .2rem 0;vertical-align:top}}</style>
 <h1>Tandem</h1><p>An OpenAI-compatible endpoint. <a href="dashboard">Dashboard</a></p><table>{rows}</table></html>"""

@@ -58,7 +58,7 @@ class Pieces:
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
 
     def _read_sentencepiece(self, steps: list[dict[str, Any]]) -> bool:
-        """Replace*, ByteFallback, Fuse, Strip (each at most where sentencepiece conversions put it), or not additive."""
+        """Replace*, ByteFallback, Fuse, Strip, each where conversions of sentencepiece put it; else not additive."""
         fused = False
         for step in steps:
             kind = step["type"]

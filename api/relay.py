@@ -1,7 +1,8 @@
 """Between the backend's generators and one HTTP response: a task per prompt that drains, a bounded buffer, one reader.
 
-The reader gets whatever has come since it last looked, so a slow client makes larger writes instead of a longer queue. When
-the buffer stays full the client is cut off and the work on its request stops. However it ends, every generator is closed.
+The reader gets whatever has come since it last looked, so a slow client makes larger writes instead of a longer queue.
+When the buffer stays full the client is cut off and the work on its request stops. However it ends, every generator is
+closed.
 """
 
 from __future__ import annotations
@@ -81,29 +82,31 @@ class Relay:
     async def _drain(self, prompt: int, request: Request) -> None:
         """Exactly one terminal event comes out, whatever the generator does."""
         events = self._backend.generate(request)
-        failure: Failure | None = None
+        last: Finished | Failed | None = None
         try:
             async for event in events:
-                self._put(prompt, event)
-                if isinstance(event, (Finished, Failed)):
-                    self._observe(event, request.sampling.n)
-                    return
-                if len(self._buffer) >= MAX_BUFFERED and not await self._wait_for_room():
-                    log.info("request %s: the client reads too slowly, cut off", request.request_id)
-                    self.abandon()
-                    return
-            log.error("request %s: its events ended without a last one", request.request_id)
-            failure = Failure("InternalError", "the answer ended without its last event; the gateway's log has the details")
+                if last is not None:
+                    log.error("request %s: %s after its last event", request.request_id, type(event).__name__)
+                elif isinstance(event, (Finished, Failed)):
+                    last = event
+                else:
+                    self._put(prompt, event)
+                    if len(self._buffer) >= MAX_BUFFERED and not await self._wait_for_room():
+                        log.info("request %s: the client reads too slowly, cut off", request.request_id)
+                        self.abandon()
+                        return
         except Exception as error:
             log.exception("request %s", request.request_id)
-            failure = to_failure(error)
+            last = last or Failed(to_failure(error))
         finally:
             aclose = getattr(events, "aclose", None)
             if aclose is not None:
                 await aclose()
-        failed = Failed(failure)
-        self._put(prompt, failed)
-        self._observe(failed, request.sampling.n)
+        if last is None:
+            log.error("request %s: its events ended without a last one", request.request_id)
+            last = Failed(Failure("InternalError", "the answer broke off; the gateway's log has the details"))
+        self._put(prompt, last)
+        self._observe(last, request.sampling.n)
 
     async def _wait_for_room(self) -> bool:
         self._room.clear()

@@ -1,7 +1,7 @@
 """The OpenAI routes: completions, chat completions, models, and a clear refusal for the ones that are not built.
 
-`Service` is what every route shares. Handlers read the body by themselves (`intake.py`), so that authentication comes first and
-limits hold while reading.
+`Service` is what every route shares. Handlers read the body by themselves (`intake.py`), so that authentication comes
+first and limits hold while reading.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from fastapi import FastAPI
-from starlette.requests import ClientDisconnect
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -133,8 +134,8 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     async def model(model_id: str) -> Response:
         return json_response(_model(find_model(model_id, service.backend.models())))
 
-    app.add_api_route("/v1/completions", completions, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
+    app.add_api_route("/v1/completions", completions, methods=["POST"], openapi_extra=_schema_of(CompletionBody))
+    app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"], openapi_extra=_schema_of(ChatBody))
     app.add_api_route("/v1/models", models, methods=["GET"])
     app.add_api_route("/v1/models/{model_id:path}", model, methods=["GET"])
     for path, feature in UNBUILT_ROUTES.items():
@@ -146,6 +147,15 @@ def _refusal(path: str, feature: str) -> Callable[[], Awaitable[Response]]:
         raise Unsupported(f"{path} is not supported: {feature} is not built")
 
     return refuse
+
+
+def _schema_of(body_type: type[BaseModel]) -> dict[str, Any]:
+    """The body for /openapi.json, which FastAPI cannot see because the handlers read it by themselves."""
+    schema = body_type.model_json_schema()
+    nested = schema.pop("$defs", {})
+    if "StreamOptions" in nested:
+        schema["properties"]["stream_options"] = nested["StreamOptions"]
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _model(card: ModelCard) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """The bodies of the HTTP requests, field by field. Strict types, unknown fields ignored, null means absent.
 
-What a client may send and what is refused is decided here; `convert.py` turns a body into protocol Requests. Ranges of sampling
-parameters are SamplingParams' own. A field that we know but did not build is refused by name (`refuse_unbuilt`) unless
-its value asks for nothing.
+What a client may send and what is refused is decided here; `convert.py` turns a body into protocol Requests. Ranges of
+sampling parameters are SamplingParams' own. A field that we know but did not build is refused by name
+(`refuse_unbuilt`) unless its value asks for nothing.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _as_invalid(error: ValidationError, values: dict[str, Any]) -> InvalidReques
 
 # ---- fields that are known and not built ---------------------------------------------------------------------------
 
-_NOTHING = (None, False, "", [], {})
+_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 _UNBUILT: dict[str, tuple[tuple[Any, ...], str]] = {
     # field: (values that ask for nothing, what to say)
     "suffix": (_NOTHING, "infilling between a prompt and a suffix is not built"),
@@ -203,14 +203,16 @@ def _check_tools(values: dict[str, Any]) -> None:
     if tools is not None and not isinstance(tools, list):
         raise InvalidRequest("tools: an array is needed", param="tools")
     if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-        raise InvalidRequest("tool_choice must be none, auto, required, or an object that names a function", param="tool_choice")
+        raise InvalidRequest(
+            "tool_choice must be none, auto, required, or an object that names a function", param="tool_choice"
+        )
     if choice is not None and not isinstance(choice, (str, dict)):
         raise InvalidRequest("tool_choice must be a string or an object", param="tool_choice")
     if choice == "required" or isinstance(choice, dict):
         raise Unsupported("tool_choice is not supported: tool calls are not parsed out of answers yet", param="tool_choice")
     if tools and choice != "none":
         raise Unsupported(
-            "tools are not supported: tool calls are not parsed out of answers yet; send tool_choice none to ignore them",
+            "tools are not supported: tool calls are not parsed out of answers yet (tool_choice none ignores them)",
             param="tools",
         )
 
@@ -301,14 +303,16 @@ def _content(value: Any, where: str) -> str:
         text = part.get("text") if isinstance(part, dict) and part.get("type") in ("text", "input_text") else None
         if not isinstance(text, str):
             raise InvalidRequest(
-                f'{where}[{i}] must be {{"type": "text", "text": ...}}; this model reads text only', param=f"{where}[{i}]"
+                f'{where}[{i}] must be {{"type": "text", "text": ...}}; this model reads text only',
+                param=f"{where}[{i}]",
             )
         texts.append(text)
     return "\n".join(texts)
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Earlier tool calls of a conversation. Templates want the arguments as an object; clients send them as JSON text."""
+    """Earlier tool calls of a conversation. Templates want the arguments as an object; clients send them as JSON
+    text."""
     if not isinstance(value, list) or not all(isinstance(c, dict) and isinstance(c.get("function"), dict) for c in value):
         raise InvalidRequest(f"{where} must be an array of objects with a function", param=where)
     calls = []

@@ -1,9 +1,10 @@
 """Server-sent events of one answer: `data: {json}\\n\\n` per chunk, at most one terminal event, then `data: [DONE]`.
 
-Chunks follow what clients count and compare (each rule was read in a client's source): a chat choice begins with a chunk that holds
-its role and no text; text chunks hold no role; a completion has no empty first chunk; finish_reason comes once per choice, on the
-chunk with its last text when they arrive together; usage comes in a chunk of its own without choices; a failure in mid-stream is
-an `event: error` with the error envelope as data. Comments keep an idle connection open.
+Chunks follow what clients count and compare (each rule was read in a client's source): a chat choice begins with a
+chunk that holds its role and no text; text chunks hold no role; a completion has no empty first chunk; finish_reason
+comes once per choice, on the chunk with its last text when they arrive together; usage comes in a chunk of its own
+without choices; a failure in mid-stream is an `event: error` with the error envelope as data. Comments keep an idle
+connection open.
 
 The constant bytes of a chunk are made once per choice, so that a chunk costs little more than quoting its text.
 """

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from api.chat_template import ChatTemplate
 from api.pieces import Pieces
@@ -23,6 +22,7 @@ from protocol.errors import InvalidRequest, ModelError
 
 LONG_TEXT_LEN = 2048  # characters; from here on encoding leaves the event loop (about 1 ms)
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKEN_OPTIONS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -50,7 +50,6 @@ class Tokenizer:
         config = {**self._json("special_tokens_map.json"), **self._json("tokenizer_config.json")}
         self.special_tokens = {name: text for name in NAMED_TOKENS if (text := _content(config.get(name)))}
         self._add_tokens(config)
-        self._set_post_processor(config)
         self.pieces = Pieces(self.backend)
         generation = self._json("generation_config.json")
         self.default_sampling = _default_sampling(generation)
@@ -61,7 +60,10 @@ class Tokenizer:
     # ---- text and ids ----------------------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. Special tokens written in the text become special tokens, as in transformers."""
+        """Token ids. Special tokens written in the text become special tokens, as in transformers.
+
+        add_special_tokens: as tokenizer.json's post-processor does it; add_bos_token of the side files does not count.
+        """
         # encode_batch, unlike encode, gives up the interpreter lock while it works.
         encoding = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         return list(encoding.ids)
@@ -105,8 +107,7 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise InvalidRequest(
-                f"this model has no chat template ({self.directory.name}/tokenizer_config.json or chat_template.jinja); "
-                "use /v1/completions",
+                "this model has no chat template (tokenizer_config.json or chat_template.jinja); use /v1/completions",
                 param="messages",
             )
         return self.chat_template.render(messages, **options)
@@ -140,7 +141,7 @@ class Tokenizer:
         declared = config.get("added_tokens_decoder") or {}
         for index, fields in sorted((int(i), fields) for i, fields in declared.items()):
             if index not in known and isinstance(fields, dict):
-                options = {k: fields[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in fields}
+                options = {name: fields[name] for name in TOKEN_OPTIONS if name in fields}
                 self.backend.add_tokens([tokenizers.AddedToken(fields["content"], **options)])
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         extra = list(extra.values()) if isinstance(extra, dict) else extra
@@ -150,18 +151,8 @@ class Tokenizer:
                 self.backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
                 special.add(text)
 
-    def _set_post_processor(self, config: dict[str, Any]) -> None:
-        """Explicit add_bos_token / add_eos_token win over what tokenizer.json does."""
-        if "add_bos_token" not in config and "add_eos_token" not in config:
-            return
-        bos = self.special_tokens.get("bos_token") if config.get("add_bos_token") else None
-        eos = self.special_tokens.get("eos_token") if config.get("add_eos_token") else None
-        single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-        pairs = [(text, self.backend.token_to_id(text)) for text in {bos, eos} if text]
-        self.backend.post_processor = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=pairs)
-
     def _read_eos(self, generation: dict[str, Any]) -> tuple[int, ...]:
-        """Every id that ends an answer: those of generation_config.json (else config.json) and the tokenizer's own EOS."""
+        """Every id that ends an answer: of generation_config.json (else config.json), and the tokenizer's own EOS."""
         ids: list[int] = []
         value = generation.get("eos_token_id", self._json("config.json").get("eos_token_id"))
         ids += [value] if isinstance(value, int) else value if isinstance(value, list) else []

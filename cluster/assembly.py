@@ -13,21 +13,24 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
+import psutil
+
 import decode.worker
 import prefill.worker
 from configs.schema import Config
 from decode.worker import DecodeWorker
 from engine.batch import Chunk
 from engine.blocks import BlockPool
-from engine.memory import num_blocks_for
+from engine.memory import num_blocks_on_cpu, num_blocks_on_gpu
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
 from kvtransfer.link import make_receivers, make_sender
 from kvtransfer.pool import KVPool
 from kvtransfer.process import boot_id, start_ticks
+from kvtransfer.transport import Sender
 from models.load import LoadedModel, LoadProgress, load_model
 from prefill.worker import PrefillWorker
-from protocol.kv import KVLayout
+from protocol.kv import KVEndpoint, KVLayout
 from protocol.messages import WorkerInfo
 from protocol.network import Clock, Network
 from protocol.request import Request, SamplingParams
@@ -35,6 +38,8 @@ from protocol.request import Request, SamplingParams
 _T = TypeVar("_T")
 Compute = Callable[[Callable[[], Any]], Awaitable[Any]]
 
+CPU_KV_SHARE = 0.2  # of the memory that is available at start, for all workers of this host together
+MIN_CPU_KV_BYTES, MAX_CPU_KV_BYTES = 256 << 20, 8 << 30
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}  # tokens
 
 
@@ -54,23 +59,26 @@ def load(config: Config, progress: Callable[[LoadProgress], None] | None = None)
     return load_model(model.name, model.dtype, model.device, progress, model.revision or None)
 
 
-def build_engine(config: Config, loaded: LoadedModel, num_threads: int, num_sharers: int = 1) -> Engine:
+def build_engine(config: Config, loaded: LoadedModel, num_threads: int | None, num_sharers: int = 1) -> Engine:
     """The pool and the runner of one worker. num_sharers: workers on this host that share its memory."""
     model = config.model
     device = str(loaded.device).split(":")[0]
     layout = loaded.kv_layout(model.block_size or DEFAULT_BLOCK_SIZE[device])
     max_model_len = model.max_len or loaded.config.max_position_embeddings
-    num_blocks = model.num_blocks_override or num_blocks_for(
-        layout,
-        device=str(loaded.device),
-        max_model_len=max_model_len,
-        kv_cache_bytes=model.kv_cache_bytes,
-        gpu_memory_utilization=model.gpu_memory_utilization,
-        num_sharers=num_sharers,
-    )
+    num_blocks = model.num_blocks_override or _num_blocks(config, loaded, layout, max_model_len, num_sharers)
     kv = KVPool(layout, num_blocks, str(loaded.device))
     runner = ModelRunner(loaded, kv.tensor, layout, num_threads)
-    return Engine(loaded, layout, kv, BlockPool(num_blocks, layout.block_size, model.enable_prefix_caching), runner, max_model_len)
+    return Engine(
+        loaded, layout, kv, BlockPool(num_blocks, layout.block_size, model.enable_prefix_caching), runner, max_model_len
+    )
+
+
+def _num_blocks(config: Config, loaded: LoadedModel, layout: KVLayout, max_model_len: int, num_sharers: int) -> int:
+    if loaded.device.type == "cuda":
+        return num_blocks_on_gpu(layout, config.model.gpu_memory_utilization, max_model_len, loaded.device)
+    share = psutil.virtual_memory().available * CPU_KV_SHARE / num_sharers
+    budget = config.model.kv_cache_bytes or int(min(max(share, MIN_CPU_KV_BYTES), MAX_CPU_KV_BYTES))
+    return num_blocks_on_cpu(layout, budget, max_model_len)
 
 
 def new_incarnation(role: str, index: int) -> str:
@@ -96,7 +104,7 @@ def build_decode(
         max_num_batched_tokens=config.decode.max_num_batched_tokens,
         enable_chunked_prefill=config.decode.enable_chunked_prefill,
     )
-    receivers = make_receivers(engine.kv, transports, secret, config.transfer.bind_host)
+    receivers = make_receivers(engine.kv, transports, secret, config.transfer.bind_host, incarnation=incarnation)
     return DecodeWorker(
         settings, engine.runner, engine.pool, engine.kv, receivers, network, clock, compute, verify_compute, secret
     )
@@ -125,8 +133,8 @@ def build_prefill(
         transfer_timeout_s=config.transfer.timeout_s,
     )
 
-    def sender(endpoint: Any) -> Any:
-        return make_sender(endpoint, engine.kv, incarnation, secret)
+    def sender(endpoint: KVEndpoint, peer_incarnation: str) -> Sender:
+        return make_sender(endpoint, engine.kv, secret, incarnation=incarnation, peer_incarnation=peer_incarnation)
 
     return PrefillWorker(settings, engine.runner, engine.pool, sender, network, clock, compute, secret)
 
@@ -158,10 +166,15 @@ def served_name(config: Config) -> str:
     return config.model.served_name or config.model.name
 
 
-def canary(engine: Engine, worker: DecodeWorker | PrefillWorker, compute: Compute, clock: Clock) -> Callable[[], Awaitable[None]]:
+def canary(
+    engine: Engine, worker: DecodeWorker | PrefillWorker, compute: Compute, clock: Clock
+) -> Callable[[], Awaitable[None]]:
     """One token out of nothing, through the whole engine; proof that this worker can produce tokens (R10). Also the warm-up."""
     request = Request(
-        request_id="canary", model="", prompt_token_ids=(0,), sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0)
+        request_id="canary",
+        model="",
+        prompt_token_ids=(0,),
+        sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
     )
 
     async def run() -> None:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -60,8 +59,10 @@ class SchedulerActor:
             if self._network is None:
                 network = SocketNetwork("scheduler", self._secret, self._config.transfer.bind_host)
                 clock = asyncio.get_running_loop().time
-                scheduler = Scheduler(self._config.scheduler, random.Random())
-                self._service = SchedulerService(scheduler, network, clock, ClusterMetrics(self._config.model.served_name or self._config.model.name))
+                scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
+                self._service = SchedulerService(
+                    scheduler, network, clock, ClusterMetrics(self._config.model.served_name or self._config.model.name)
+                )
                 await self._service.start()
                 self._network = network
         return self._network.address

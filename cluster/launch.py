@@ -71,7 +71,9 @@ def _banner(resolved: Resolved) -> None:
     model = config.model
     print(f"Tandem: {model.served_name or model.name} from {locate(model.name, model.revision)}")
     if model.name == "bundled":
-        print("        a 3-million-parameter demonstration model trained on Python's standard library; it is here to show the walk, not to be wise")
+        print(
+            "        a 3-million-parameter demonstration model trained on Python's standard library; it is here to show the walk, not to be wise"
+        )
     if model.name == "toy":
         print("        a hash function in the shape of a model: its text means nothing, and any wrong byte of KV changes it")
     print(
@@ -157,7 +159,11 @@ def _deploy(config: Any, secret: bytes, line: Line) -> Any:
     actor = scheduler_actor(msgspec.json.encode(config), secret)
     serve.start(
         proxy_location="HeadOnly",
-        http_options={"host": config.gateway.host, "port": config.gateway.port, "keep_alive_timeout_s": int(config.gateway.keep_alive_s)},
+        http_options={
+            "host": config.gateway.host,
+            "port": config.gateway.port,
+            "keep_alive_timeout_s": int(config.gateway.keep_alive_s),
+        },
     )
     line("Serve is up")
     serve.api._run(application(config, secret), _blocking=False, name=APP_NAME, route_prefix="/")
@@ -202,7 +208,7 @@ def _print_phases(actor: Any, seen: set[tuple[str, str]], line: Line) -> dict[st
         status: dict[str, Any] = ray.get(actor.status.remote(), timeout=5)
     except ray.exceptions.RayError:
         return {}
-    for phase in status.get("phases", ()):
+    for phase in status.get("starting", ()):
         key = (phase["name"], phase["phase"])
         if key not in seen:
             seen.add(key)
@@ -219,7 +225,11 @@ def _raise_if_failed() -> None:
         if application is None:
             return
         for name, deployment in application.deployments.items():
-            if str(deployment.status) in ("DeploymentStatus.DEPLOY_FAILED", "DEPLOY_FAILED", "DeploymentStatus.UNHEALTHY"):
+            if str(deployment.status) in (
+                "DeploymentStatus.DEPLOY_FAILED",
+                "DEPLOY_FAILED",
+                "DeploymentStatus.UNHEALTHY",
+            ):
                 raise _StartFailed(f"{name}: {_last_line(deployment.message)}")
 
 

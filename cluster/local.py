@@ -8,7 +8,6 @@ through all of it.
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
 
 from api.detokenize import Detokenizer
@@ -32,8 +31,15 @@ from scheduler.scheduler import Scheduler
 class LocalCluster:
     """Build it, `await start()`, use `gateway`, `await close()`. All on one event loop."""
 
-    def __init__(self, config: Config, loaded: LoadedModel | None = None, encoded: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        loaded: LoadedModel | None = None,
+        encoded: bool = False,
+        transports: tuple[str, ...] = ("memory",),
+    ) -> None:
         self.config = config
+        self.transports = transports
         self.loaded = loaded if loaded is not None else assembly.load(config)
         self.tokenizer = Tokenizer(locate(config.model.name, config.model.revision or None))
         self.workers: list[DecodeWorker | PrefillWorker] = []
@@ -56,7 +62,7 @@ class LocalCluster:
         clock = asyncio.get_running_loop().time
         network = self._hub.network("scheduler")
         metrics = ClusterMetrics(assembly.served_name(self.config))
-        self.service = SchedulerService(Scheduler(self.config.scheduler, random.Random(0)), network, clock, metrics)
+        self.service = SchedulerService(Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching), network, clock, metrics)
         await self.service.start()
 
         async def find_scheduler() -> str:
@@ -66,23 +72,27 @@ class LocalCluster:
         roles += [("prefill", i) for i in range(self.config.prefill.replicas)]
         for role, index in roles:
             await self._start_worker(role, index, len(roles), find_scheduler)
-        self.gateway = Gateway("gateway-0", self._hub.network("gateway"), find_scheduler, self.detokenizer, clock, limits_of(self.config))
+        self.gateway = Gateway(
+            "gateway-0", self._hub.network("gateway"), find_scheduler, self.detokenizer, clock, limits_of(self.config)
+        )
         await self.gateway.start()
 
     async def _start_worker(self, role: str, index: int, num_workers: int, find_scheduler) -> None:
         clock = asyncio.get_running_loop().time
         threads = self.config.decode.num_threads if role == "decode" else self.config.prefill.num_threads
-        engine = assembly.build_engine(self.config, self.loaded, threads, num_workers)
+        engine = assembly.build_engine(self.config, self.loaded, threads or None, num_workers)
         network = self._hub.network(f"{role}-{index}")
         incarnation = assembly.new_incarnation(role, index)
         compute = assembly.inline()
         worker: DecodeWorker | PrefillWorker
         if role == "decode":
             worker = assembly.build_decode(
-                self.config, engine, incarnation, network, clock, compute, compute, self._secret, ("memory",)
+                self.config, engine, incarnation, network, clock, compute, compute, self._secret, self.transports
             )
         else:
-            worker = assembly.build_prefill(self.config, engine, incarnation, network, clock, compute, self._secret, ("memory",))
+            worker = assembly.build_prefill(
+                self.config, engine, incarnation, network, clock, compute, self._secret, self.transports
+            )
         await worker.start()
         info = assembly.worker_info(role, f"{role}:{index}", incarnation, self.config, engine, network)
         agent = Agent(worker, info, network, find_scheduler, self.config.scheduler.heartbeat_s)

@@ -15,8 +15,54 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from protocol.messages import Outcome
 
-TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
-TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+TTFT_BUCKETS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
+TPOT_BUCKETS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+)
 E2E_BUCKETS = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 
 # (name, help, key of a worker's stats, kind); summed over nothing: one series per worker
@@ -28,14 +74,24 @@ WORKER_SERIES = (
     ("vllm:num_preemptions", "Sequences that gave up their blocks.", "num_preemptions", "counter"),
     ("tandem_worker_free_blocks", "KV blocks that can be allocated.", "num_free_blocks", "gauge"),
     ("tandem_worker_used_blocks", "KV blocks held by sequences, grants or quarantine.", "num_used_blocks", "gauge"),
-    ("tandem_worker_quarantined_blocks", "KV blocks that wait for their writer's word.", "num_quarantined_blocks", "gauge"),
+    (
+        "tandem_worker_quarantined_blocks",
+        "KV blocks that wait for their writer's word.",
+        "num_quarantined_blocks",
+        "gauge",
+    ),
     ("tandem_worker_steps", "Engine steps.", "num_steps", "counter"),
     ("tandem_worker_step_seconds", "Seconds spent in engine steps.", "step_s", "counter"),
     ("tandem_worker_generation_tokens", "Tokens sampled.", "generation_tokens", "counter"),
     ("tandem_kv_transfers", "KV transfers that were verified or handed over.", "transfers", "counter"),
     ("tandem_kv_transfer_bytes", "Bytes of KV moved.", "transfer_bytes", "counter"),
     ("tandem_kv_transfers_failed", "KV transfers that failed.", "transfers_failed", "counter"),
-    ("tandem_kv_digest_failures", "KV transfers whose bytes differed from their digests.", "digest_failures", "counter"),
+    (
+        "tandem_kv_digest_failures",
+        "KV transfers whose bytes differed from their digests.",
+        "digest_failures",
+        "counter",
+    ),
     ("tandem_worker_resident_bytes", "Resident memory.", "rss_bytes", "gauge"),
 )
 
@@ -96,11 +152,15 @@ class _StatusCollector:
         status, model = self._metrics._status, self._metrics.model_name
         workers = [w for w in status.get("workers", ()) if w.get("stats")]
         for name, text, key, kind in WORKER_SERIES:
-            family = (GaugeMetricFamily if kind == "gauge" else CounterMetricFamily)(name, text, labels=("model_name", "engine", "role"))
+            family = (GaugeMetricFamily if kind == "gauge" else CounterMetricFamily)(
+                name, text, labels=("model_name", "engine", "role")
+            )
             for worker in workers:
                 family.add_metric((model, worker["name"], worker["role"]), worker["stats"][key])
             yield family
-        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV blocks in use.", labels=("model_name", "engine", "role"))
+        usage = GaugeMetricFamily(
+            "vllm:kv_cache_usage_perc", "Share of KV blocks in use.", labels=("model_name", "engine", "role")
+        )
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "KV pool.", labels=("model_name", "engine", "block_size", "num_gpu_blocks")
         )
@@ -117,7 +177,9 @@ class _StatusCollector:
         waiting.add_metric((model,), queue.get("requests", 0))
         tokens = GaugeMetricFamily("tandem_queue_tokens", "Tokens in the admission queue.", labels=("model_name",))
         tokens.add_metric((model,), queue.get("tokens", 0))
-        rejected = CounterMetricFamily("vllm:admission_rejections", "Requests refused at admission.", labels=("model_name", "reason"))
+        rejected = CounterMetricFamily(
+            "vllm:admission_rejections", "Requests refused at admission.", labels=("model_name", "reason")
+        )
         for reason, count in status.get("rejections", {}).items():
             rejected.add_metric((model, reason), count)
         yield from (waiting, tokens, rejected)

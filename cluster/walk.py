@@ -152,7 +152,11 @@ class Walk:
         if attempt is None or isinstance(error, ReservationRefused):
             return
         ticket = attempt.ticket
-        prefill_was_at_it = ticket.prefill is not None and self.phase in (Phase.RESERVED, Phase.PREFILLING, Phase.TRANSFERRING)
+        prefill_was_at_it = ticket.prefill is not None and self.phase in (
+            Phase.RESERVED,
+            Phase.PREFILLING,
+            Phase.TRANSFERRING,
+        )
         decode_is_gone = attempt.decode is None or attempt.decode.is_closed
         blamed = ticket.prefill if prefill_was_at_it and not decode_is_gone else ticket.decode
         assert blamed is not None
@@ -259,7 +263,9 @@ class Walk:
 
     def usage(self) -> Usage:
         completion = sum(len(choice.token_ids) for choice in self.choices)
-        return Usage(self.request.prompt_len, completion, min(self.cached_tokens, self.request.prompt_len), self.num_resumptions)
+        return Usage(
+            self.request.prompt_len, completion, min(self.cached_tokens, self.request.prompt_len), self.num_resumptions
+        )
 
     def finished_event(self) -> Finished:
         return Finished(self.usage(), self.timing(self.last_progress_at))

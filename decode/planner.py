@@ -31,9 +31,7 @@ class Budget(NamedTuple):
     enable_chunked_prefill: bool = True
 
 
-def plan(
-    running: Seq[Sequence], preempted: Seq[Sequence], num_free_blocks: int, block_size: int, budget: Budget
-) -> Plan:
+def plan(running: Seq[Sequence], preempted: Seq[Sequence], num_free_blocks: int, block_size: int, budget: Budget) -> Plan:
     """running: in order of arrival, blocks held. preempted: in the order they are to return, no blocks held.
 
     The oldest running sequence always makes progress: it is the last to be preempted.
@@ -64,7 +62,12 @@ def plan(
 
 
 def _restart(
-    preempted: Seq[Sequence], just_preempted: Seq[Sequence], alive: Seq[Sequence], free: int, block_size: int, budget: Budget
+    preempted: Seq[Sequence],
+    just_preempted: Seq[Sequence],
+    alive: Seq[Sequence],
+    free: int,
+    block_size: int,
+    budget: Budget,
 ) -> list[Sequence]:
     """Who of the preempted comes back: in order, only whole, and never in a step that had to preempt."""
     restart: list[Sequence] = []

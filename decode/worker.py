@@ -18,6 +18,8 @@ from typing import TypeVar
 
 import msgspec
 
+from decode.handover import Handover
+from decode.job import Job
 from decode.planner import Budget, plan
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
@@ -25,13 +27,9 @@ from engine.prefix import attach_prefix, full_block_hashes, seal_full_blocks
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
 from engine.stopping import finish_reason
-from kvtransfer.digest import verify
-from kvtransfer.handoff import Effect, Inbound
 from kvtransfer.pool import KVPool
-from kvtransfer.process import Process, observe
 from kvtransfer.transport import Receiver
 from protocol.errors import (
-    HandshakeRefused,
     InternalError,
     InvalidRequest,
     ReservationRefused,
@@ -40,17 +38,15 @@ from protocol.errors import (
     to_failure,
 )
 from protocol.events import TokenLogprobs
-from protocol.kv import KVEndpoint, KVLayout
+from protocol.kv import KVLayout
 from protocol.messages import (
     Cancel,
     Handshake,
-    HandshakeAccepted,
     Message,
     Ok,
     RequestFailed,
     Reserve,
     Seal,
-    StopWriting,
     TokenFrame,
     TokenUpdate,
     WorkerStats,
@@ -58,13 +54,17 @@ from protocol.messages import (
 )
 from protocol.network import Clock, Network, Peer
 from protocol.request import Request
-from protocol.ticket import FirstToken, Grant, sign
+from protocol.ticket import FirstToken, Grant
 
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
 _T = TypeVar("_T")
 Compute = Callable[[Callable[[], _T]], Awaitable[_T]]  # runs a function off the event loop, one at a time, in order
+
+
+# What a sealed sequence's first frame repeats: (index, tokens, their log-probabilities)
+Opening = tuple[int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,42 +75,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 256
     enable_chunked_prefill: bool = True
     max_jobs: int = 4096  # requests that may hold or wait for blocks at once
-
-
-class Job:
-    """One attempt of one request here: its sequences by choice, whom to tell, and (until sealed) what its grant set aside."""
-
-    def __init__(self, reserve: Reserve, gateway: Peer) -> None:
-        self.request = reserve.request
-        self.epoch = reserve.ticket.epoch
-        self.delivered = reserve.output_token_ids or ((),) * reserve.request.sampling.n
-        self.gateway = gateway
-        self.sequences: dict[int, Sequence] = {}
-        self.grant: Grant | None = None
-        self.granted_blocks: list[int] = []  # the grant's, until a sequence owns them
-        self.spare_blocks: list[int] = []  # for what follows the prompt: a copy of its last block, or a fresh one
-        self.writer = ""
-        self.cached_tokens = 0
-        self.scored: list[TokenLogprobs | None] = []  # the prompt's own log-probabilities, as its chunks yield them
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.request.request_id, self.epoch
-
-
-class Writer:
-    """One life of a prefill worker that shook hands with us: where to ask it to stop, and how its death would be seen."""
-
-    def __init__(self, peer: Peer, transport: str, process: Process | None) -> None:
-        self.peer = peer
-        self.transport = transport
-        self.process = process
-
-    @property
-    def is_dead(self) -> bool:
-        """Observed, not guessed: a process that we can see has ended, or (elsewhere, where a late store is refused at this end)
-        its connection broke."""
-        return self.process.is_dead() if self.process is not None else self.peer.is_closed
 
 
 class DecodeWorker:
@@ -132,32 +96,24 @@ class DecodeWorker:
         self.settings = settings
         self.runner = runner
         self.pool = pool
-        self.inbound = Inbound(settings.incarnation, settings.layout, secret)
-        self._kv = kv
-        self._receivers = receivers
         self._network = network
         self._clock = clock
         self._compute = compute
-        self._verify_compute = verify_compute
-        self._secret = secret
         self._jobs: dict[str, Job] = {}  # by request_id: one attempt at a time
-        self._by_grant: dict[str, Job] = {}
-        self._held: dict[str, list[int]] = {}  # quarantined blocks by grant, until the writer's acknowledgement
-        self._writers: dict[str, Writer] = {}  # by prefill incarnation
-        self._void: dict[str, list[str]] = defaultdict(list)  # prefill incarnation -> grants it must not use when it first calls
         self._copies: dict[int, tuple[int, int]] = {}  # id(sequence) -> (shared block, own block) to copy before its next step
-        self._asking: set[asyncio.Task[None]] = set()
-        self._asked: set[str] = set()
         self._running: list[Sequence] = []
         self._preempted: list[Sequence] = []
         self._job_of: dict[int, Job] = {}  # by id(sequence)
-        self._opening: dict[int, tuple[int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]] = {}  # id(sequence) -> tokens to repeat first
+        self._opening: dict[int, Opening] = {}  # id(sequence) -> what its first frame repeats
         self._in_step = False
         self._after_step: list[Callable[[], None]] = []
         self._wake = asyncio.Event()
         self.is_draining = False
         self.last_token_at: float | None = None
         self._counts: dict[str, float] = defaultdict(float)
+        self.handover = Handover(
+            settings.incarnation, settings.layout, pool, kv, receivers, network, clock, verify_compute, secret, self._fail_transfer
+        )
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
@@ -170,12 +126,12 @@ class DecodeWorker:
         if isinstance(message, Seal):
             return await self._seal(message)
         if isinstance(message, Handshake):
-            return self._handshake(peer, message)
+            return self.handover.handshake(peer, message)
         if isinstance(message, Cancel):
             self._cancel(message)
             return None
         if isinstance(message, WriterDone):
-            self._writer_done(message.grant_id)
+            self.handover.writer_done(message.grant_id)
             return None
         raise InvalidRequest(f"a decode worker does not take {type(message).__name__}")
 
@@ -183,38 +139,7 @@ class DecodeWorker:
         """A gateway is gone: its work stops. A prefill worker is gone: `tick` sees whether it is dead."""
         for job in [j for j in self._jobs.values() if j.gateway is peer]:
             self._drop(job)
-        self._bury_writers()
-
-    def _bury_writers(self) -> None:
-        for incarnation, writer in list(self._writers.items()):
-            if not writer.peer.is_closed or not writer.is_dead:
-                continue
-            del self._writers[incarnation]
-            for job in [j for j in self._by_grant.values() if j.writer == incarnation]:
-                if job.grant is not None:
-                    self._forget(job.grant.grant_id)
-            for grant_id, effect in self.inbound.writer_lost(incarnation):
-                job = self._by_grant.get(grant_id)
-                if job is not None:
-                    self._fail(job, "transfer", TransferFailed("the prefill worker died before it sealed its KV"))
-                self._apply(grant_id, effect)
-
-    def _handshake(self, peer: Peer, message: Handshake) -> HandshakeAccepted:
-        difference = self.settings.layout.difference(message.layout)
-        if difference is not None:
-            raise HandshakeRefused(f"decode {self.settings.incarnation} and prefill {message.incarnation} differ: {difference}")
-        for name in message.transports:
-            receiver = self._receivers.get(name)
-            if receiver is not None:
-                process = observe(message.boot_id, message.pid, message.start_ticks)
-                self._writers[message.incarnation] = Writer(peer, name, process)
-                endpoint: KVEndpoint = receiver.endpoint()
-                void = tuple(self._void.pop(message.incarnation, ()))
-                return HandshakeAccepted(self.settings.incarnation, self.settings.layout, endpoint, void)
-        raise HandshakeRefused(
-            f"no common transport: prefill offers {', '.join(message.transports)}, decode has {', '.join(self._receivers)} "
-            "(--kv-transport)"
-        )
+        self.handover.tick()
 
     # ---- reserve ---------------------------------------------------------------------------------------------------
 
@@ -261,7 +186,10 @@ class DecodeWorker:
         """Blocks for the prompt now (R6); the prefill itself happens in this worker's own steps, in chunks."""
         request = job.request
         same = len({tuple(d) for d in job.delivered}) == 1
-        lead = [Sequence(request, choice, output_token_ids=job.delivered[choice]) for choice in range(1 if same else request.sampling.n)]
+        lead = [
+            Sequence(request, choice, output_token_ids=job.delivered[choice])
+            for choice in range(1 if same else request.sampling.n)
+        ]
         taken: list[Sequence] = []
         try:
             for sequence in lead:
@@ -275,99 +203,50 @@ class DecodeWorker:
             self._adopt(job, sequence)
         job.cached_tokens = max(sequence.num_computed for sequence in lead)
         self._count_prefix(sum(len(s.token_ids) for s in lead), sum(s.num_computed for s in lead))
-        return self._grant(job, (), 0, 0, "", 0.0)
+        return self.handover.local_grant(job)
 
     def _reserve_remote(self, job: Job, message: Reserve) -> Grant:
-        request, layout = job.request, self.settings.layout
-        probe = Sequence(request, 0, output_token_ids=job.delivered[0])
+        """Blocks that a prefill worker will write, and what the choices need beside them to go on."""
+        layout = self.settings.layout
+        probe = Sequence(job.request, 0, output_token_ids=job.delivered[0])
         num_tokens = len(probe.token_ids)
         cached = self.pool.match(full_block_hashes(probe, layout))
         num_new = layout.num_blocks_for(num_tokens) - len(cached)
-        num_spare = request.sampling.n - (num_tokens % layout.block_size != 0)
-        try:
-            if num_new + num_spare + self._headroom > self.pool.num_free:
-                raise OutOfBlocks
-            fresh = self.pool.reserve(num_new, after=cached[-1] if cached else None)
-            job.spare_blocks = self.pool.allocate(num_spare)
-        except OutOfBlocks:
+        num_spare = job.request.sampling.n - (num_tokens % layout.block_size != 0)
+        if num_new + num_spare + self._headroom > self.pool.num_free:
             self.pool.release(cached)
-            raise
-        job.granted_blocks = [*cached, *fresh]
+            raise OutOfBlocks
+        job.spare_blocks = self.pool.allocate(num_spare)
+        job.granted_blocks = [*cached, *self.pool.reserve(num_new, after=cached[-1] if cached else None)]
         job.cached_tokens = len(cached) * layout.block_size
-        job.writer = message.ticket.prefill.incarnation if message.ticket.prefill is not None else ""
         self._count_prefix(num_tokens, job.cached_tokens)
-        grant = self._grant(job, tuple(job.granted_blocks), len(cached), num_tokens, job.writer, message.lease_s)
-        job.grant = grant
-        self._by_grant[grant.grant_id] = job
-        self.inbound.granted(grant, self._clock())
-        for receiver in self._receivers.values():
-            receiver.expect(grant)
-        return grant
-
-    def _grant(
-        self, job: Job, block_ids: tuple[int, ...], num_cached: int, num_tokens: int, prefill: str, lease_s: float
-    ) -> Grant:
-        request_id, epoch = job.key
-        grant = Grant(
-            grant_id=f"{self.settings.incarnation}/{request_id}/{epoch}",
-            request_id=request_id,
-            epoch=epoch,
-            decode_incarnation=self.settings.incarnation,
-            prefill_incarnation=prefill,
-            block_ids=block_ids,
-            num_cached_blocks=num_cached,
-            num_tokens=num_tokens,
-            layout=self.settings.layout,
-            lease_s=lease_s,
-            endpoints=tuple(receiver.endpoint() for receiver in self._receivers.values()) if prefill else (),
-            control_address=self._network.address,
-        )
-        return sign(grant, self._secret)
+        try:
+            return self.handover.grant(job, len(cached), num_tokens, message)
+        except TransferFailed:
+            self.pool.release([*job.granted_blocks, *job.spare_blocks])
+            raise
 
     # ---- seal ------------------------------------------------------------------------------------------------------
 
     async def _seal(self, message: Seal) -> Ok:
         """Verify what prefill says it wrote, then let its sequences run. Unverified KV is never read (R4)."""
-        manifest = message.manifest
-        self.inbound.check_seal(manifest, self._clock())
-        job = self._by_grant[manifest.grant_id]
-        assert job.grant is not None
-        self._forget(manifest.grant_id)
-        started = time.perf_counter()
-        bad = await self._verify_compute(lambda: verify(self._kv, job.grant, manifest))
-        self._counts["verify_s"] += time.perf_counter() - started
-        effect = self.inbound.verified(manifest.grant_id, not bad)
-        if self._by_grant.get(manifest.grant_id) is not job:  # cancelled while it was being verified
-            self._apply(manifest.grant_id, effect)
-            raise TransferFailed("the request was cancelled")
-        if bad:
-            self._counts["digest_failures"] += 1
-            self._counts["transfers_failed"] += 1
-            error = TransferFailed(f"{len(bad)} runs of KV differ from their digests, the first at (layer, block) {bad[0]}")
-            self._fail(job, "transfer", error)
-            self._apply(manifest.grant_id, effect)
-            raise error
-        self._counts["transfers"] += 1
-        self._counts["transfer_bytes"] += manifest.num_written * self.settings.layout.block_nbytes
-        self._open(job, manifest.first_tokens)
+        job = await self.handover.verify(message.manifest)
+        self._open(job, message.manifest.num_written, message.manifest.first_tokens)
         return Ok()
 
-    def _open(self, job: Job, first_tokens: tuple[FirstToken, ...]) -> None:
+    def _open(self, job: Job, num_written: int, first_tokens: tuple[FirstToken, ...]) -> None:
         """Sealed KV becomes sequences: the prompt's full blocks are shared, its last partial block is copied per choice."""
-        grant = job.grant
-        assert grant is not None
         block_size = self.settings.layout.block_size
-        self._by_grant.pop(grant.grant_id, None)
-        job.grant = None
+        num_tokens = job.request.prompt_len + len(job.delivered[0])
         blocks, job.granted_blocks = job.granted_blocks, []
-        for block in blocks[grant.num_cached_blocks :]:
+        for block in blocks[len(blocks) - num_written :]:
             self.pool.filling(block)
         going_on = [first for first in first_tokens if first.finish_reason is None]
-        num_full = grant.num_tokens // block_size
+        num_full = num_tokens // block_size
         for place, first in enumerate(going_on):
             delivered = job.delivered[first.choice]
             sequence = Sequence(job.request, first.choice, output_token_ids=(*delivered, first.token))
-            sequence.num_computed = grant.num_tokens
+            sequence.num_computed = num_tokens
             if place == 0:
                 sequence.blocks = list(blocks)
             else:
@@ -410,12 +289,20 @@ class DecodeWorker:
         elif (sequence := job.sequences.get(message.choice)) is not None:
             self._soon(lambda: self._retire(sequence))
 
+    def _fail_transfer(self, job: Job, error: TandemError | None) -> None:
+        """The hand-over ended before it was sealed. Without an error the gateway knows: token 1 was the last."""
+        if error is None:
+            self._drop(job)
+        else:
+            self._fail(job, "transfer", error)
+
     def _fail(self, job: Job, stage: str, error: TandemError) -> None:
         job.gateway.send(RequestFailed(job.request.request_id, job.epoch, stage, to_failure(error)))
         self._drop(job)
 
     def _drop(self, job: Job) -> None:
         """Take down one attempt whole; idempotent. Its sequences may be in the step that is under way: they go after it."""
+        job.is_dropped = True
         if self._jobs.get(job.request.request_id) is job:
             del self._jobs[job.request.request_id]
         for sequence in list(job.sequences.values()):
@@ -423,76 +310,12 @@ class DecodeWorker:
         if job.spare_blocks:
             self.pool.release(job.spare_blocks)
             job.spare_blocks = []
-        if job.grant is not None:
-            grant, job.grant = job.grant, None
-            del self._by_grant[grant.grant_id]
-            self.pool.release(job.granted_blocks[: grant.num_cached_blocks])
-            self._held[grant.grant_id] = job.granted_blocks[grant.num_cached_blocks :]
-            job.granted_blocks = []
-            self._apply(grant.grant_id, self.inbound.cancelled(grant.grant_id, writer_stopped=self._has_stopped(grant)))
+        self.handover.give_up(job)
         self._wake.set()
-
-    def _forget(self, grant_id: str) -> dict[str, bool]:
-        """Let no more stores in; by transport, whether a late one is impossible now."""
-        return {name: receiver.forget(grant_id) for name, receiver in self._receivers.items()}
-
-    def _has_stopped(self, grant: Grant) -> bool:
-        """Whether the writer of a void grant can no longer store into it: this end refuses, or it never called here."""
-        refused = self._forget(grant.grant_id)
-        writer = self._writers.get(grant.prefill_incarnation)
-        if writer is None:
-            self._void[grant.prefill_incarnation] = [*self._void[grant.prefill_incarnation][-255:], grant.grant_id]
-            return True
-        return refused[writer.transport]
-
-    def _apply(self, grant_id: str, effect: Effect) -> None:
-        """What the hand-off's state machine says is to be done with the written blocks of a grant that is over."""
-        if effect is Effect.RELEASE:
-            self.pool.release(self._held.pop(grant_id, []))
-        elif effect is Effect.QUARANTINE:
-            self.pool.quarantine(self._held[grant_id])
-            self._stop_writers()
-        elif effect is Effect.LIFT:
-            self.pool.lift(self._held.pop(grant_id))
-        self._wake.set()
-
-    def _stop_writers(self) -> None:
-        """Ask for the acknowledgement that ends each quarantine; asked again at every tick until it comes."""
-        for grant in self.inbound.quarantined():
-            writer = self._writers.get(grant.prefill_incarnation)
-            if writer is None or writer.peer.is_closed or grant.grant_id in self._asked:
-                continue
-            task = asyncio.create_task(self._ask_to_stop(writer.peer, grant.grant_id))
-            self._asking.add(task)
-            task.add_done_callback(self._asking.discard)
-
-    async def _ask_to_stop(self, peer: Peer, grant_id: str) -> None:
-        self._asked.add(grant_id)
-        try:
-            await peer.call(StopWriting(grant_id), STOP_TIMEOUT_S)
-            self._apply(grant_id, self.inbound.writer_done(grant_id))
-        except TandemError as error:
-            log.info("%s has not stopped writing into %s: %s", peer.name, grant_id, error.message)
-        finally:
-            self._asked.discard(grant_id)
-
-    def _writer_done(self, grant_id: str) -> None:
-        """The writer gave up by itself, or acknowledges."""
-        job = self._by_grant.get(grant_id)
-        effect = self.inbound.writer_done(grant_id)
-        if job is not None and effect is not Effect.KEEP:
-            self._drop(job)  # its gateway knows: token 1 was the last, or the prefill worker told it why
-        self._apply(grant_id, effect)
 
     def tick(self) -> None:
-        """Expired grants (a lease is a promise with a deadline, on both sides), writers to be asked again, dead writers."""
-        self._bury_writers()
-        self._stop_writers()
-        for grant_id in self.inbound.expired(self._clock()):
-            job = self._by_grant.get(grant_id)
-            if job is not None:
-                self._counts["transfers_failed"] += 1
-                self._fail(job, "transfer", TransferFailed("the lease ran out before the KV was sealed (transfer.lease_s)"))
+        """Leases, quarantines and dead writers; every quarter of a second or so."""
+        self.handover.tick()
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -577,12 +400,21 @@ class DecodeWorker:
         if num_tokens < sequence.num_uncomputed:
             return Chunk(sequence, num_tokens, ())
         job = self._job_of[id(sequence)]
-        missing = [c for c in range(job.request.sampling.n) if c not in job.sequences] if self._is_shared_prompt(job, sequence) else []
+        missing = (
+            [c for c in range(job.request.sampling.n) if c not in job.sequences]
+            if self._is_shared_prompt(job, sequence)
+            else []
+        )
         return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(choice) for choice in missing)))
 
     def _is_shared_prompt(self, job: Job, sequence: Sequence) -> bool:
         """A prompt that this worker prefills once for all n choices, which part ways at its last token."""
-        return job.request.sampling.n > 1 and len(job.sequences) == 1 and sequence.choice == 0 and sequence.output_len == len(job.delivered[0])
+        return (
+            job.request.sampling.n > 1
+            and len(job.sequences) == 1
+            and sequence.choice == 0
+            and sequence.output_len == len(job.delivered[0])
+        )
 
     def _emit(self, chunks: list[Chunk], result: StepResult) -> None:
         """Apply the step to its sequences and tell each gateway in one frame."""
@@ -592,7 +424,7 @@ class DecodeWorker:
         for chunk in chunks:
             lead = chunk.sequence
             job = self._job_of.get(id(lead))
-            if job is None:
+            if job is None or job.is_dropped:
                 continue
             lead.num_computed += chunk.num_tokens
             self._counts["prompt_tokens" if chunk.num_tokens > 1 else "decode_rows"] += chunk.num_tokens
@@ -721,7 +553,7 @@ class DecodeWorker:
         age = -1.0 if self.last_token_at is None else self._clock() - self.last_token_at
         return WorkerStats(
             num_running=len(self._running),
-            num_waiting=len(self._preempted) + len(self._by_grant),
+            num_waiting=len(self._preempted) + self.handover.num_open,
             num_free_blocks=self.pool.num_free,
             num_used_blocks=self.pool.num_used,
             num_cached_blocks=self.pool.num_cached,
@@ -733,10 +565,10 @@ class DecodeWorker:
             prefix_queries=int(c["prefix_queries"]),
             prefix_hits=int(c["prefix_hits"]),
             num_preemptions=int(c["num_preemptions"]),
-            transfers=int(c["transfers"]),
-            transfer_bytes=int(c["transfer_bytes"]),
-            transfers_failed=int(c["transfers_failed"]),
-            digest_failures=int(c["digest_failures"]),
+            transfers=self.handover.transfers,
+            transfer_bytes=self.handover.transfer_bytes,
+            transfers_failed=self.handover.transfers_failed,
+            digest_failures=self.handover.digest_failures,
             last_token_age_s=age,
         )
 
@@ -744,6 +576,5 @@ class DecodeWorker:
         """When idle: every block is free or cached, nothing is reserved or quarantined, no state is left."""
         self.pool.check_integrity()
         if self.is_idle:
-            assert not self._running and not self._preempted and not self._by_grant and not self._job_of
-            assert self.pool.num_used == sum(len(blocks) for blocks in self._held.values())
-
+            assert not self._running and not self._preempted and not self._job_of and not self._copies and not self._opening
+            assert self.pool.num_used == self.handover.num_quarantined_blocks

@@ -45,7 +45,7 @@ class Batch:
 
 def is_scored(sequence: Sequence) -> bool:
     """Its request wants prompt log-probabilities, and this pass over the prompt is the first."""
-    return sequence.request.sampling.prompt_logprobs is not None and sequence.output_len == 0
+    return sequence.choice == 0 and sequence.output_len == 0 and sequence.request.sampling.prompt_logprobs is not None
 
 
 def build_batch(chunks: SequenceOf[Chunk], layout: KVLayout, device: torch.device) -> Batch:

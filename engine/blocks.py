@@ -15,7 +15,8 @@ from __future__ import annotations
 import enum
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
 
 class BlockState(enum.Enum):
@@ -166,7 +167,7 @@ class BlockPool:
             assert self._refs[block] > 0, f"block {block} is {self._states[block].value} and cannot be shared"
             self._refs[block] += 1
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: SequenceOf[int]) -> None:
         """One reference less on each; a block without references is cached if it can be found, else free.
 
         The end of a sequence is evicted before its beginning, which more prompts share.

@@ -12,6 +12,22 @@ from engine.hashing import extend_hashes
 from protocol.request import Request
 
 
+class TokenCounts:
+    """Which tokens the prompt and the output of a sequence hold, brought up to date step by step."""
+
+    __slots__ = ("prompt", "output", "num_counted")
+
+    def __init__(self, prompt_token_ids: Iterable[int]) -> None:
+        self.prompt = dict.fromkeys(prompt_token_ids, 0)
+        self.output: dict[int, int] = {}
+        self.num_counted = 0  # output tokens
+
+    def update(self, output_token_ids: list[int]) -> None:
+        for token in output_token_ids[self.num_counted :]:
+            self.output[token] = self.output.get(token, 0) + 1
+        self.num_counted = len(output_token_ids)
+
+
 class Sequence:
     """token_ids: prompt + output. blocks[i] holds the KV of tokens [i*block_size, (i+1)*block_size).
 
@@ -19,7 +35,7 @@ class Sequence:
     output_token_ids: what was delivered before a resumption.
     """
 
-    __slots__ = ("request", "choice", "token_ids", "blocks", "num_computed", "block_hashes")
+    __slots__ = ("request", "choice", "token_ids", "blocks", "num_computed", "block_hashes", "token_counts")
 
     def __init__(self, request: Request, choice: int = 0, output_token_ids: Iterable[int] = ()) -> None:
         self.request = request
@@ -28,6 +44,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.num_computed = 0
         self.block_hashes: list[bytes] = []
+        self.token_counts: TokenCounts | None = None  # the sampler's, where penalties ask for it
 
     def __repr__(self) -> str:
         return (

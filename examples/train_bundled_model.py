@@ -185,14 +185,35 @@ def train_tokenizer(work_dir: Path) -> None:
         raise RuntimeError(f"the corpus gave only {tokenizer.get_vocab_size()} entries")
     write_atomically(work_dir / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
 
+    rng = random.Random(0)
     for part in ("train", "heldout"):
         documents = json.loads((work_dir / f"{part}.json").read_text())
-        random.Random(0).shuffle(documents)
-        encodings = tokenizer.encode_batch([text for _, text in documents])
-        ids = np.concatenate([[0, *encoding.ids] for encoding in encodings]).astype(np.uint16)
-        write_atomically(work_dir / f"{part}.bin", ids.tobytes())
+        rng.shuffle(documents)
+        encode = tokenizer.encode_batch
+        ids: list[int] = []
+        for _, text in documents:
+            pieces = cut(text, rng) if part == "train" else [text]
+            ids += [0, *(token for encoding in encode(pieces) for token in encoding.ids)]
+        write_atomically(work_dir / f"{part}.bin", np.array(ids, np.uint16).tobytes())
         num_bytes = sum(len(text.encode()) for _, text in documents)
         log(f"{part}: {len(ids)} tokens, {num_bytes / len(ids):.3f} bytes per token")
+
+
+def cut(text: str, rng: random.Random) -> list[str]:
+    """Cut a text where people end their prompts: after a space, mostly, or within a word.
+
+    The pieces are encoded one by one. A model that has only seen whole documents is lost after a prompt such as
+    ``def `` whose last token is a lone space: in a document, that space belongs to the next word's token.
+    """
+    pieces, start = [], 0
+    while start < len(text):
+        at = start + rng.randint(20, 400)
+        if rng.random() < 0.7:
+            while at < len(text) and not (text[at - 1] in " \n" and text[at] not in " \n"):
+                at += 1
+        pieces.append(text[start:at])
+        start = at
+    return pieces
 
 
 def load_tokenizer(work_dir: Path) -> tokenizers.Tokenizer:
@@ -497,9 +518,7 @@ def complete(
 
 def ask(model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, questions: list[str]) -> list[str]:
     """The greedy answer to each question, asked without a system prompt."""
-    prompts = [
-        render_chat([{"role": "user", "content": question}], add_generation_prompt=True) for question in questions
-    ]
+    prompts = [render_chat([{"role": "user", "content": question}], add_generation_prompt=True) for question in questions]
     return complete(model, tokenizer, prompts, max_tokens=120)
 
 

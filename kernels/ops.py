@@ -40,7 +40,7 @@ class AttentionPlan:
     """What every layer of one batch shares. The first num_single spans have one token each, so row i is span i.
 
     slots: rows of a layer seen as [num_blocks * 2 * num_kv_heads * block_size, head_dim], [num_tokens, 2, num_kv_heads].
-    gathers: for each single span, its blocks as index tensors or slices. block_tables, seq_lens: CUDA only, for the singles.
+    block_tables, seq_lens: CUDA only, for the singles.
     """
 
     spans: tuple[Span, ...]
@@ -72,8 +72,8 @@ def _linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.shape[0]
     if rows == 1:
         x = F.pad(x, (0, 0, 0, 1))
-    out = torch.mm(weight, x.t()).t()[:rows]
-    return out.contiguous() if bias is None else out + bias
+    out = torch.mm(weight, x.t()).t()[:rows].contiguous()
+    return out if bias is None else out.add_(bias)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Decode attention over a paged KV pool, in Triton: one query token per sequence, grouped heads, split contexts.
 
 Called by `kernels/ops.py` for tensors on a GPU, which imports this file only then (it needs triton); the slow obvious
-twin is `reference.paged_decode_attention`. Not for prefill, and it writes no KV.
+twin is `reference.attend` over `reference.read_kv`. Not for prefill, and it writes no KV.
 
 Two launches. The first gives each (sequence, KV head, split) a program that walks its part of the context with an
 online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022) and leaves an unnormalised sum, a maximum

@@ -11,7 +11,7 @@ import enum
 import random
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class FaultyLane:
     def close(self) -> None:
         self._inner.close()
 
-    def store(self, transfer: Transfer, layer: int, pieces: Sequence[Piece]) -> None:
+    def store(self, transfer: Transfer, layer: int, pieces: Iterable[Piece]) -> None:
         fault = self._choose()
         if fault is None:
             self._inner.store(transfer, layer, pieces)
@@ -94,14 +94,17 @@ def _misdirect(data: np.ndarray) -> None:
         data[:] = np.roll(data, 1, axis=1)
 
 
+class Cut(bytes):
+    """From an edit: pass these bytes on, then end the connection."""
+
+
 class FaultProxy:
-    """A TCP proxy on loopback. edit(connection, is_to_target, offset, data) -> what is passed on; None cuts the
-    connection.
+    """A TCP proxy on loopback. edit(connection, is_to_target, offset, data) -> what is passed on (see Cut).
 
     `connection` counts from 0; `offset` is the place of data[0] in that direction of that connection.
     """
 
-    def __init__(self, target: TcpEndpoint, edit: Callable[[int, bool, int, bytes], bytes | None]) -> None:
+    def __init__(self, target: TcpEndpoint, edit: Callable[[int, bool, int, bytes], bytes]) -> None:
         self._target = target
         self._edit = edit
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -149,16 +152,16 @@ class FaultProxy:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
                 edited = self._edit(connection, is_to_target, offset, data)
-                if edited is None:
-                    break
                 offset += len(data)
                 sink.sendall(edited)
+                if isinstance(edited, Cut):
+                    break
         for sock in (source, sink):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
 
-def flip_at(place: int, bit: int = 0, *, is_to_target: bool = True) -> Callable[[int, bool, int, bytes], bytes | None]:
+def flip_at(place: int, bit: int = 0, *, is_to_target: bool = True) -> Callable[[int, bool, int, bytes], bytes]:
     """An edit that flips one bit of byte `place` of the first connection, in one direction."""
 
     def edit(connection: int, direction: bool, offset: int, data: bytes) -> bytes:
@@ -171,12 +174,12 @@ def flip_at(place: int, bit: int = 0, *, is_to_target: bool = True) -> Callable[
     return edit
 
 
-def cut_at(place: int, *, every_connection: bool = False) -> Callable[[int, bool, int, bytes], bytes | None]:
+def cut_at(place: int, *, every_connection: bool = False) -> Callable[[int, bool, int, bytes], bytes]:
     """An edit that passes `place` bytes to the target and then cuts the connection."""
 
-    def edit(connection: int, direction: bool, offset: int, data: bytes) -> bytes | None:
-        if direction and (every_connection or connection == 0) and offset + len(data) > place:
-            return None if offset >= place else data[: place - offset]
+    def edit(connection: int, direction: bool, offset: int, data: bytes) -> bytes:
+        if direction and (every_connection or connection == 0) and offset + len(data) >= place:
+            return Cut(data[: max(0, place - offset)])
         return data
 
     return edit

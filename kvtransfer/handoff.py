@@ -267,9 +267,7 @@ class Inbound:
         """
         self._tick(now)
         return [
-            held.grant.grant_id
-            for held in self._held.values()
-            if held.phase is InboundPhase.RESERVED and now >= held.expires
+            held.grant.grant_id for held in self._held.values() if held.phase is InboundPhase.RESERVED and now >= held.expires
         ]
 
     def next_expiry(self) -> float | None:

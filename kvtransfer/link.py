@@ -32,7 +32,9 @@ def transports_of(setting: str) -> tuple[str, ...]:
     if setting == "auto":
         return AUTO
     if setting not in TRANSPORTS:
-        raise ConfigError(f"transfer.transport {setting!r}: choose auto, shm or tcp (--kv-transport)", param="transfer.transport")
+        raise ConfigError(
+            f"transfer.transport {setting!r}: choose auto, shm or tcp (--kv-transport)", param="transfer.transport"
+        )
     return (setting,)
 
 
@@ -46,8 +48,8 @@ def choose(offered: Sequence[str], accepted: Sequence[str], same_host: bool, sam
             return name
     where = "one process" if same_process else "one host" if same_host else "two hosts, or pid namespaces"
     raise HandshakeRefused(
-        f"no common KV transport: prefill offers {', '.join(offered) or 'none'}, decode has {', '.join(accepted) or 'none'}, on "
-        f"{where} (--kv-transport)",
+        f"no common KV transport: prefill offers {', '.join(offered) or 'none'}, "
+        f"decode has {', '.join(accepted) or 'none'}, on {where} (--kv-transport)",
         param="transfer.transport",
     )
 
@@ -99,7 +101,9 @@ def make_receivers(
         elif name == "memory":
             receivers[name] = MemoryReceiver(pool)
         else:
-            raise ConfigError(f"there is no KV transport {name!r}; there are {', '.join(TRANSPORTS)}", param="transfer.transport")
+            raise ConfigError(
+                f"there is no KV transport {name!r}; there are {', '.join(TRANSPORTS)}", param="transfer.transport"
+            )
     return receivers
 
 
@@ -128,8 +132,13 @@ def make_sender(
         lane = ShmLane(endpoint, pool.layout)
     else:
         lane = TcpLane(
-            endpoint, pool.layout, secret, incarnation, peer_incarnation,
-            connect_timeout_s=connect_timeout_s, stall_timeout_s=stall_timeout_s,
+            endpoint,
+            pool.layout,
+            secret,
+            incarnation,
+            peer_incarnation,
+            connect_timeout_s=connect_timeout_s,
+            stall_timeout_s=stall_timeout_s,
         )
     if tamper is not None:
         lane = tamper(lane)

@@ -10,7 +10,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class MemoryReceiver:
             self._live.clear()
             self._can_refuse = True
 
-    def store(self, grant: Grant, incarnation: str, layer: int, pieces: Sequence[Piece]) -> None:
+    def store(self, grant: Grant, incarnation: str, layer: int, pieces: Iterable[Piece]) -> None:
         """Called by the sender. Raises TransferFailed when the grant is not live."""
         with self._lock:
             if self._can_refuse and self._live.get(grant.grant_id) != grant:
@@ -66,7 +66,7 @@ class MemoryReceiver:
             store_pieces(self.pool.runs[layer], grant, pieces)
 
 
-def store_pieces(rows: np.ndarray, grant: Grant, pieces: Sequence[Piece]) -> None:
+def store_pieces(rows: np.ndarray, grant: Grant, pieces: Iterable[Piece]) -> None:
     """Copy pieces into the granted blocks of one layer. rows: [num_blocks, run_nbytes] of the receiving pool.
 
     np.copyto lets the GIL go, which slice assignment between memoryviews does not.
@@ -106,7 +106,7 @@ class MemoryLane:
     def reset(self) -> None:
         pass
 
-    def store(self, transfer: Transfer, layer: int, pieces: Sequence[Piece]) -> None:
+    def store(self, transfer: Transfer, layer: int, pieces: Iterable[Piece]) -> None:
         self._receiver.store(transfer.grant, self._incarnation, layer, pieces)
 
     def fence(self, transfer: Transfer) -> None:

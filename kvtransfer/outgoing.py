@@ -8,7 +8,7 @@ them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -24,6 +24,8 @@ from protocol.kv import KVEndpoint
 from protocol.ticket import Grant
 
 Piece = tuple[int, np.ndarray]  # (index of the first block, its and its successors' bytes: [count, run_nbytes] uint8)
+
+PIECE_NBYTES = 1 << 20
 
 
 class Transfer:
@@ -71,23 +73,24 @@ class Transfer:
             assert 0 <= block < self._pool.num_blocks, f"push of block {block} of {self._pool.num_blocks}"
             assert grant.num_cached_blocks <= index < len(grant.block_ids), f"push to index {index}, outside of the grant"
 
-    def prepare(self, layer: int, pairs: Sequence[Pair]) -> list[Piece]:
-        """Hash the runs and return them as few pieces, views of the pool where possible.
+    def prepare(self, layer: int, pairs: Sequence[Pair]) -> Iterator[Piece]:
+        """Hash the runs and yield them as few pieces, views of the pool where possible. A piece fits into a core's own cache,
+        so that copying or sending it right away does not read memory a second time.
 
         The end of a partly filled last block still holds whatever the block held before, perhaps another tenant's KV.
         Zeroing it in place would be a second writer in the engine's block, so that one run per layer goes through a
         small copy with a zeroed end: what is sent, and what is hashed, holds this request's tokens and nothing else.
         """
         rows = self._pool.runs[layer]  # [num_blocks, run_nbytes]
-        pieces: list[Piece] = []
+        most = max(1, PIECE_NBYTES // self.grant.layout.run_nbytes)
         for block, index, count in contiguous(pairs, alone=self._partial):
-            data = rows[block : block + count]
-            if index == self._partial:
-                data = self._with_zeroed_end(data)
-            self._hash(layer, index, data)
-            pieces.append((index, data))
-            self.nbytes += data.nbytes
-        return pieces
+            for done in range(0, count, most):
+                data = rows[block + done : block + min(done + most, count)]
+                if index == self._partial:
+                    data = self._with_zeroed_end(data)
+                self._hash(layer, index + done, data)
+                self.nbytes += data.nbytes
+                yield index + done, data
 
     def _with_zeroed_end(self, data: np.ndarray) -> np.ndarray:
         layout = self.grant.layout
@@ -185,7 +188,7 @@ class Lane(Protocol):
         """Forget a broken link; the next `store` makes a new one."""
         ...
 
-    def store(self, transfer: Transfer, layer: int, pieces: Sequence[Piece]) -> None:
+    def store(self, transfer: Transfer, layer: int, pieces: Iterable[Piece]) -> None:
         """Raises LinkBroken when a new connection may help, a TandemError when not."""
         ...
 
@@ -215,5 +218,6 @@ def check_grant(grant: Grant, endpoint: KVEndpoint, ours: KVEndpoint, pool: KVPo
         raise HandshakeRefused(f"KV layouts differ: {difference}")
     if num_blocks is not None and grant.block_ids and not 0 <= min(grant.block_ids) <= max(grant.block_ids) < num_blocks:
         raise HandshakeRefused(
-            f"grant {grant.grant_id} names blocks {min(grant.block_ids)}..{max(grant.block_ids)}, the peer's pool has {num_blocks}"
+            f"grant {grant.grant_id} names blocks {min(grant.block_ids)}..{max(grant.block_ids)}, "
+            f"the peer's pool has {num_blocks}"
         )

@@ -6,7 +6,6 @@ by models/ through `.tensor`, by the transports through `.run` and `.runs`.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
@@ -54,11 +53,11 @@ class KVPool:
             # SIGBUS.
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             self._map = mmap.mmap(self._fd, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             os.close(self._fd)
             self._fd = -1
             raise ConfigError(
-                f"cannot set aside {self.nbytes / 2**30:.2f} GiB of KV for {self.num_blocks} blocks ({error.strerror}); "
+                f"cannot set aside {self.nbytes / 2**30:.2f} GiB of KV for {self.num_blocks} blocks ({error}); "
                 "lower model.kv_cache_bytes or --num-gpu-blocks-override",
                 param="model.kv_cache_bytes",
             ) from error
@@ -102,10 +101,9 @@ class KVPool:
         """Give the memory back. Views that callers still hold keep their pages until they are dropped. Idempotent."""
         self._tensor = None
         self._runs = None
-        if self._map is not None:
-            with contextlib.suppress(BufferError):  # a view is still held: the mapping goes when that view goes
-                self._map.close()
-            self._map = None
+        # Never mmap.close(): torch.frombuffer keeps the mapping alive but does not pin it, and a tensor that a caller
+        # still holds would point into nothing. Dropping our reference unmaps it when the last view goes.
+        self._map = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

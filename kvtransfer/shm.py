@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class ShmLane:
             raise HandshakeRefused(f"shm: process {endpoint.pid} is not visible from here (dead, or another pid namespace)")
         self._peer = peer
         try:
-            self._map = self._open(path)
+            mapped = self._open(path)
             self.num_blocks, rest = divmod(endpoint.nbytes, layout.block_nbytes)
             if rest:
                 raise HandshakeRefused(
@@ -66,7 +66,7 @@ class ShmLane:
         except BaseException:
             peer.close()
             raise
-        self._runs: np.ndarray | None = np.frombuffer(self._map, np.uint8).reshape(
+        self._runs: np.ndarray | None = np.frombuffer(mapped, np.uint8).reshape(
             layout.num_layers, self.num_blocks, layout.run_nbytes
         )
 
@@ -100,7 +100,7 @@ class ShmLane:
     def reset(self) -> None:
         pass
 
-    def store(self, transfer: Transfer, layer: int, pieces: Sequence[Piece]) -> None:
+    def store(self, transfer: Transfer, layer: int, pieces: Iterable[Piece]) -> None:
         assert self._runs is not None, "store after close"
         store_pieces(self._runs[layer], transfer.grant, pieces)
 
@@ -113,5 +113,4 @@ class ShmLane:
 
     def close(self) -> None:
         self._peer.close()
-        self._runs = None
-        self._map.close()
+        self._runs = None  # the mapping goes with its last view

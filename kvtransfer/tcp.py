@@ -76,7 +76,9 @@ class TcpReceiver:
         if not secret:
             raise ConfigError("the tcp KV transport needs the cluster secret; it has no unauthenticated mode")
         if host in ("", "0.0.0.0", "::") and not advertise_host:
-            raise ConfigError(f"transfer.host {host!r} binds every interface; say which one peers shall use", param="transfer.host")
+            raise ConfigError(
+                f"transfer.host {host!r} binds every interface; say which one peers shall use", param="transfer.host"
+            )
         self.pool = pool
         self.secret = secret
         self.incarnation = incarnation
@@ -147,7 +149,7 @@ class TcpReceiver:
             self._connections.discard(connection)
 
     def _accept(self) -> None:
-        while not self._is_closed:
+        while True:
             try:
                 sock, _ = self._listener.accept()
             except OSError as error:

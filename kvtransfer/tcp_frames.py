@@ -44,7 +44,7 @@ _HEAD = struct.Struct("!4sBB2xIIQQ16sQ")
 MAC_NBYTES = 16
 HEADER_NBYTES = _HEAD.size + MAC_NBYTES
 MAX_RUNS = 1024  # per frame
-MAX_PAYLOAD_NBYTES = 16 << 20  # per frame, unless a single run is larger
+MAX_PAYLOAD_NBYTES = 1 << 20  # per frame, unless a single run is larger; small, so that hashing and receiving overlap
 
 
 class FrameError(Exception):

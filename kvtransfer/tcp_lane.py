@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 import numpy as np
@@ -77,14 +77,20 @@ class TcpLane:
     def close(self) -> None:
         self.reset()
 
-    def store(self, transfer: Transfer, layer: int, pieces: Sequence[Piece]) -> None:
+    def store(self, transfer: Transfer, layer: int, pieces: Iterable[Piece]) -> None:
         link = self._connected()
         key = link.key_of(transfer)
-        for indexes, runs in self._split(pieces):
+        for indexes, runs in self._frames(pieces):
             table = frames.pack_indexes(indexes)
             nbytes = sum(run.nbytes for run in runs)
             link.send(
-                Kind.DATA, key, [table, *runs], layer=layer, count=len(indexes), payload_nbytes=nbytes, table=frames.table_digest(table)
+                Kind.DATA,
+                key,
+                [table, *runs],
+                layer=layer,
+                count=len(indexes),
+                payload_nbytes=nbytes,
+                table=frames.table_digest(table),
             )
 
     def fence(self, transfer: Transfer) -> None:
@@ -92,23 +98,23 @@ class TcpLane:
         link.expect_landed(transfer)
         link.send(Kind.FENCE, link.key_of(transfer), [])
 
-    def _split(self, pieces: Sequence[Piece]) -> list[tuple[list[int], list[memoryview]]]:
-        """Cut pieces into frames: (indexes, their bytes)."""
+    def _frames(self, pieces: Iterable[Piece]) -> Iterator[tuple[list[int], list[memoryview]]]:
+        """Cut pieces into frames as they come: (indexes, their bytes)."""
         most = max(1, min(frames.MAX_RUNS, frames.MAX_PAYLOAD_NBYTES // self._layout.run_nbytes))
-        cut: list[tuple[list[int], list[memoryview]]] = []
-        room = 0
+        indexes: list[int] = []
+        runs: list[memoryview] = []
         for first, data in pieces:
             done = 0
             while done < len(data):
-                if room == 0:
-                    cut.append(([], []))
-                    room = most
-                count = min(room, len(data) - done)
-                cut[-1][0].extend(range(first + done, first + done + count))
-                cut[-1][1].append(_flat(data[done : done + count]))
+                count = min(most - len(indexes), len(data) - done)
+                indexes.extend(range(first + done, first + done + count))
+                runs.append(_flat(data[done : done + count]))
                 done += count
-                room -= count
-        return cut
+                if len(indexes) == most:
+                    yield indexes, runs
+                    indexes, runs = [], []
+        if indexes:
+            yield indexes, runs
 
     def _connected(self) -> _Link:
         if self._link is None:

@@ -25,7 +25,15 @@ from engine.stopping import finish_reason
 from kvtransfer.handoff import Outbound
 from kvtransfer.transport import Sender
 from prefill.planner import num_admissible, plan
-from protocol.errors import InternalError, InvalidRequest, Overloaded, TandemError, TransferFailed, WorkerLost, to_failure
+from protocol.errors import (
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    TandemError,
+    TransferFailed,
+    WorkerLost,
+    to_failure,
+)
 from protocol.kv import KVEndpoint, KVLayout
 from protocol.messages import (
     Cancel,
@@ -76,7 +84,9 @@ class Job:
         self.gateway = gateway
         self.sender = sender
         self.decode = decode
-        self.sequence = Sequence(message.request, 0, output_token_ids=message.output_token_ids[0] if message.output_token_ids else ())
+        self.sequence = Sequence(
+            message.request, 0, output_token_ids=message.output_token_ids[0] if message.output_token_ids else ()
+        )
         self.num_pushed = self.grant.num_cached_blocks  # blocks of the grant that are on their way, or that decode had
         self.cached_tokens = 0
         self.is_dropped = False
@@ -92,14 +102,14 @@ class Link:
 
 
 class PrefillWorker:
-    """See the module. make_sender(endpoint) builds the transport that the hand-shake chose."""
+    """See the module. make_sender(endpoint, decode incarnation) builds the transport that the hand-shake chose."""
 
     def __init__(
         self,
         settings: Settings,
         runner: ModelRunner,
         pool: BlockPool,
-        make_sender: Callable[[KVEndpoint], Sender],
+        make_sender: Callable[[KVEndpoint, str], Sender],
         network: Network,
         clock: Clock,
         compute: Compute,
@@ -212,7 +222,7 @@ class PrefillWorker:
                 raise TransferFailed(f"at {grant.control_address} lives {answer.incarnation}, not {incarnation}")
             for grant_id in answer.void_grants:
                 self.outbound.stop_writing(grant_id, self._clock())
-            link = Link(peer, answer.endpoint, self._make_sender(answer.endpoint))
+            link = Link(peer, answer.endpoint, self._make_sender(answer.endpoint, incarnation))
             self._links[incarnation] = link
             return link
 

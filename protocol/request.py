@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 from msgspec.structs import force_setattr
 
-from protocol.errors import InvalidRequest
+from protocol.errors import InvalidRequest, PromptTooLong
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 PRIOR_SPREAD = 30.0  # how many times its prior a coefficient may well be: models differ by orders of magnitude
 NOISE = 0.02  # variance of one relative residual
 FORGETTING = 0.995
+TRUSTED_AFTER = 16  # observations, until which the fit has to find its order of magnitude
 MAX_SECONDS = 3600.0  # no prediction is longer, no observation above it is believed
 MEAN_OUTPUT_PRIOR = 128.0  # tokens of one choice, before any request has ended
 
@@ -37,9 +38,6 @@ class Fit:
         self._limit = [(PRIOR_SPREAD * p) ** 2 for p in prior]
         self._cov = [[limit if i == j else 0.0 for j in range(len(prior))] for i, limit in enumerate(self._limit)]
 
-    def predict(self, x: Sequence[float]) -> float:
-        return min(MAX_SECONDS, sum(t * v for t, v in zip(self.theta, x, strict=True)))
-
     def observe(self, x: Sequence[float], y: float) -> None:
         """One measurement of y seconds. Implausible ones (not finite, not positive, above an hour) are ignored."""
         if not (math.isfinite(y) and 0 < y < MAX_SECONDS and all(math.isfinite(v) for v in x)):
@@ -47,8 +45,9 @@ class Fit:
         x = [v / y for v in x]  # relative: the residual of a perfect fit is 1 - theta . x = 0
         spread = [sum(row[j] * x[j] for j in range(len(x))) for row in self._cov]
         gain_by = NOISE + sum(s * v for s, v in zip(spread, x, strict=True))
-        # An outlier (a stalled machine) moves the fit no further than a fivefold miss would.
-        residual = max(-4.0, min(0.8, 1.0 - sum(t * v for t, v in zip(self.theta, x, strict=True))))
+        residual = 1.0 - sum(t * v for t, v in zip(self.theta, x, strict=True))
+        if self.num_observations >= TRUSTED_AFTER:  # an outlier (a stalled machine) counts as a fivefold miss, not more
+            residual = max(-4.0, min(0.8, residual))
         self.theta = [max(0.0, t + s / gain_by * residual) for t, s in zip(self.theta, spread, strict=True)]
         self.theta[0] = max(self._floor, self.theta[0])
         size = range(len(x))
@@ -76,14 +75,17 @@ class CostModel:
 
     def prefill_s(self, prompt_len: int, cached: int) -> float:
         """The prompt's uncached part, alone on the worker."""
-        return self.prefill.predict(_prefill_x(prompt_len, cached))
+        a, b, c = self.prefill.theta  # written out: a decision asks this of every worker
+        return min(MAX_SECONDS, a + b * (prompt_len - cached) / 1e3 + c * (prompt_len**2 - cached**2) / 1e6)
 
     def decode_s(self, num_seqs: float, num_context_tokens: float) -> float:
         """One step: what a token costs each of `num_seqs` sequences, whose contexts sum to `num_context_tokens`."""
-        return self.decode.predict((1.0, num_context_tokens / 1e3, num_seqs))
+        a, b, c = self.decode.theta
+        return min(MAX_SECONDS, a + b * num_context_tokens / 1e3 + c * num_seqs)
 
     def transfer_s(self, num_bytes: float) -> float:
-        return self.transfer.predict((1.0, num_bytes / 1e9))
+        a, b = self.transfer.theta
+        return min(MAX_SECONDS, a + b * num_bytes / 1e9)
 
     def observe_prefill(self, prompt_len: float, cached: float, seconds: float) -> None:
         self.prefill.observe(_prefill_x(prompt_len, cached), seconds)

@@ -60,9 +60,7 @@ class PrefixIndex:
                 lengths.append((current, len(hashes)))
         if not lengths:
             return {}
-        return {
-            worker: length for worker, bit in self._bit_of.items() for mask, length in lengths if mask >> bit & 1
-        }
+        return {worker: length for worker, bit in self._bit_of.items() for mask, length in lengths if mask >> bit & 1}
 
     def forget(self, worker: str) -> None:
         """The worker is gone, and its cache with it."""

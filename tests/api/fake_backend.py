@@ -32,7 +32,7 @@ def script_of(tokenizer: Tokenizer, answer: str) -> Callable[[Request, int], lis
 
 
 class FakeBackend:
-    """Answers with `say(request, choice)` through the real detokenizer. Set `delay_s`, `before`, `ready` to stage trouble."""
+    """Answers with `say(request, choice)` through the real detokenizer. The fields below stage every kind of trouble."""
 
     def __init__(self, tokenizer: Tokenizer, answer: str = "Hello from the cluster, naïve 😀 world.") -> None:
         self.tokenizer = tokenizer
@@ -111,9 +111,8 @@ class FakeBackend:
         for index, token in enumerate(ids):
             text, stop = detokenizer.feed([token])
             reason: str | None = None
-            if stop is not None:
-                reason = "stop"
-            elif token in request.eos_token_ids and not request.sampling.ignore_eos:
+            is_eos = token in request.eos_token_ids and not request.sampling.ignore_eos
+            if stop is not None or is_eos:
                 reason = "stop"
             elif index == len(ids) - 1:
                 reason = "length"

@@ -13,9 +13,15 @@ BLOCK = 4
 BUDGET = Budget(max_num_seqs=8, max_num_batched_tokens=16)
 
 
-def sequence(name: str, num_tokens: int, num_computed: int | None = None, num_blocks: int | None = None, priority: int = 0) -> Sequence:
+def sequence(
+    name: str, num_tokens: int, num_computed: int | None = None, num_blocks: int | None = None, priority: int = 0
+) -> Sequence:
     request = Request(
-        request_id=name, model="m", prompt_token_ids=tuple(range(num_tokens)), sampling=SamplingParams(seed=1), priority=priority
+        request_id=name,
+        model="m",
+        prompt_token_ids=tuple(range(num_tokens)),
+        sampling=SamplingParams(seed=1),
+        priority=priority,
     )
     made = Sequence(request)
     made.num_computed = num_tokens - 1 if num_computed is None else num_computed
@@ -61,7 +67,9 @@ def test_prompts_share_what_the_decodes_leave_of_the_budget():
 
 def test_without_chunking_a_prompt_waits_for_a_step_it_fits_into_or_runs_alone():
     whole = Budget(8, 16, enable_chunked_prefill=False)
-    assert [n for _, n in plan([sequence("a", 3), sequence("p", 40, num_computed=0)], [], 0, BLOCK, whole).chunks] == [1]
+    assert [n for _, n in plan([sequence("a", 3), sequence("p", 40, num_computed=0)], [], 0, BLOCK, whole).chunks] == [
+        1
+    ]
     assert [n for _, n in plan([sequence("p", 40, num_computed=0)], [], 0, BLOCK, whole).chunks] == [40]
 
 
@@ -81,7 +89,13 @@ def test_the_preempted_return_in_order_and_with_headroom():
 def test_no_plan_uses_more_than_there_is_and_somebody_moves(shapes, free, chunked):
     budget = Budget(8, 16, chunked)
     running = [
-        sequence(str(i), n, num_computed=None if decoding else 0, num_blocks=max(1, (n - 1) // BLOCK) if decoding else None, priority=p)
+        sequence(
+            str(i),
+            n,
+            num_computed=None if decoding else 0,
+            num_blocks=max(1, (n - 1) // BLOCK) if decoding else None,
+            priority=p,
+        )
         for i, (n, decoding, p) in enumerate(shapes)
     ]
     decided = plan(running, [], free, BLOCK, budget)

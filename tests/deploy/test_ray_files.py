@@ -1,4 +1,4 @@
-"""The cluster launcher's file passes Ray's own schema, and it, the Serve file and the application agree with each other."""
+"""The launcher's file passes Ray's own schema; it, the Serve file and the application agree with each other."""
 
 from __future__ import annotations
 

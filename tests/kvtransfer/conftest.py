@@ -54,7 +54,9 @@ class Pair:
         self.senders.append(sender)
         return sender
 
-    def grant(self, blocks: tuple[int, ...] = (9, 3, 4), num_cached: int = 1, num_tokens: int | None = None, **changes: object) -> Grant:
+    def grant(
+        self, blocks: tuple[int, ...] = (9, 3, 4), num_cached: int = 1, num_tokens: int | None = None, **changes: object
+    ) -> Grant:
         fields = {
             "grant_id": f"g{next(self._ids)}",
             "request_id": "r",

@@ -10,7 +10,9 @@ from kvtransfer.digest import verify
 from kvtransfer.faults import Fault, FaultProxy, FaultyLane, cut_at, flip_at
 from protocol.errors import TandemError, TransferFailed
 
-STREAM_NBYTES = 1300  # what one transfer sends to the decode worker: hello, two frames of two runs, a fence
+STREAM_NBYTES = 1460  # what one transfer sends to the decode worker: hello, two frames of two runs, a fence
+
+ANSWERS_NBYTES = 273  # greeting, welcome, LANDED
 
 
 async def outcome(pair, sender, grant, name, endpoint=None) -> str:
@@ -60,8 +62,25 @@ def test_spoilt_stores(pair, run, name, fault):
     run(scenario())
 
 
+def test_the_length_of_the_stream(pair, run):
+    """What the flips below take for granted."""
+    lengths = {True: 0, False: 0}
+
+    def count(connection, is_to_target, offset, data):
+        lengths[is_to_target] += len(data)
+        return data
+
+    proxy = FaultProxy(pair.receiver("tcp").endpoint(), count)
+    sender = pair.sender("tcp", endpoint=proxy.endpoint)
+    assert run(outcome(pair, sender, pair.grant(endpoints=(proxy.endpoint,)), "tcp", proxy.endpoint)) == "good"
+    proxy.close()
+    assert lengths == {True: STREAM_NBYTES, False: ANSWERS_NBYTES}
+
+
 def test_one_thousand_flips_of_a_tcp_stream(pair, run):
-    """Every byte of the stream is hit about once, by a proxy in between: hand-shake, headers, tables, payload, fence."""
+    """Every byte of the stream is hit about once, by a proxy in between: hand-shake, headers, tables, payload,
+    fence.
+    """
 
     async def scenario():
         rng = random.Random(20)
@@ -86,7 +105,7 @@ def test_flips_of_the_answers(pair, run):
     async def scenario():
         rng = random.Random(21)
         endpoint = pair.receiver("tcp").endpoint()
-        for place in rng.sample(range(230), 60):
+        for place in rng.sample(range(ANSWERS_NBYTES), 60):
             pair.refill()
             proxy = FaultProxy(endpoint, flip_at(place, rng.randrange(8), is_to_target=False))
             sender = pair.sender("tcp", endpoint=proxy.endpoint, connect_timeout_s=0.3)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kvtransfer import tcp_frames as frames
-from kvtransfer.faults import FaultProxy
+from kvtransfer.faults import Cut, FaultProxy
 from kvtransfer.tcp import MAX_PENDING, TcpReceiver
 from kvtransfer.tcp_frames import Kind
 from protocol.errors import ConfigError, HandshakeRefused, TandemError, TransferFailed
@@ -81,9 +81,7 @@ def test_a_writer_by_hand_is_served(pair):
     assert bytes(pair.target.run(1, 4)) == run_bytes(pair, 3)
 
 
-@pytest.mark.parametrize(
-    ("layer", "indexes"), [(2, [1]), (0, [0]), (0, [3]), (0, [1, 2**32 - 1]), (2**32 - 1, [1])], ids=str
-)
+@pytest.mark.parametrize(("layer", "indexes"), [(2, [1]), (0, [0]), (0, [3]), (0, [1, 2**32 - 1]), (2**32 - 1, [1])], ids=str)
 def test_outside_of_the_grant_is_refused_and_the_connection_lives(pair, layer, indexes):
     grant = pair.grant()
     pair.receiver("tcp").expect(grant)
@@ -322,7 +320,7 @@ def test_a_peer_that_stops_answering(pair, run):
     def mute(connection, is_to_target, offset, data):
         if not is_to_target and is_mute.is_set():
             time.sleep(1.5)
-            return None
+            return Cut()
         return data
 
     async def scenario():

@@ -49,7 +49,9 @@ def test_digests_are_in_manifest_order(pair, run, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_a_block_held_before_is_not_shipped(pair, run, name):
-    """The unused end of the last block is zero at the target, whatever lay there at the source, and untouched at the source."""
+    """The unused end of the last block is zero at the target, whatever lay there at the source, and untouched at the
+    source.
+    """
     sender = pair.sender(name)
     grant = pair.grant((9, 3, 4), num_cached=1, num_tokens=9)  # one token in the last block
     source_before = pair.source.runs.copy()

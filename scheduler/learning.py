@@ -1,0 +1,63 @@
+"""What messages teach the cost models: which figure is clean enough to believe, and of what it is an observation.
+
+Clean means that nothing else is in it: a prefill's time without the queue before it, a decode step's without prompts in
+it. Called by `scheduler.Scheduler` when a message arrives; it changes cost models and drifts, never the ledger.
+"""
+
+from __future__ import annotations
+
+from protocol.messages import WorkerStats
+from scheduler.cost import TRUSTED_AFTER
+from scheduler.ledger import Entry, WorkerState
+
+CLEAN_S = 10.0  # without a clean decode heartbeat for so long, what requests experienced has to do
+
+
+def learn_from_first_token(entry: Entry, prefill_s: float, now: float) -> None:
+    """One prefill's time: from when it got to the head of its worker's queue (or was placed) to its first token."""
+    worker = entry.prefilling_at
+    if next(iter(worker.prefills), None) != entry.request_id:
+        return  # it overtook somebody, so when it began is not known
+    service = now - max(entry.placed_at, worker.prefill_head_since)
+    service = min(service, prefill_s) if prefill_s > 0 else service
+    predicted = worker.cost.prefill_s(entry.prompt_len, entry.cached)
+    worker.cost.observe_prefill(entry.prompt_len, entry.cached, service)
+    worker.prefill_drift.observe(service, predicted)
+
+
+def learn_from_beat(worker: WorkerState, before: WorkerStats | None, after: WorkerStats, now: float) -> None:
+    """The mean step between two heartbeats."""
+    if before is None:
+        return
+    num_steps = after.num_steps - before.num_steps
+    num_prompt = after.prompt_tokens - before.prompt_tokens
+    num_transfers = after.transfers - before.transfers
+    if num_transfers > 0 and after.transfer_s > before.transfer_s:
+        num_bytes = (after.transfer_bytes - before.transfer_bytes) / num_transfers
+        worker.cost.observe_transfer(num_bytes, (after.transfer_s - before.transfer_s) / num_transfers)
+    if num_steps <= 0:
+        return
+    step_s = (after.step_s - before.step_s) / num_steps
+    if worker.info.role == "prefill":
+        # Requests say it better. But where a first prefill outlives its lease there never is a first token, and
+        # without this the next one would be given no more time.
+        if worker.cost.prefill.num_observations < TRUSTED_AFTER and num_prompt > 0:
+            worker.cost.observe_prefill(num_prompt / num_steps, 0, step_s)
+        return
+    num_generated = after.generation_tokens - before.generation_tokens
+    if num_prompt > 0.02 * num_generated or num_generated <= 0:
+        return
+    num_seqs = num_generated / num_steps
+    context = worker.num_context_tokens * num_seqs / max(1.0, worker.num_decoding)
+    predicted = worker.cost.decode_s(num_seqs, context)
+    worker.cost.observe_decode(num_seqs, context, step_s)
+    worker.decode_drift.observe(step_s, predicted)
+    worker.clean_decode_at = now
+
+
+def learn_from_outcome(entry: Entry, tpot_s: float, now: float) -> None:
+    """A worker that prefills all the time has no clean decode steps; then its requests' own pace is what there is."""
+    worker = entry.decode
+    if entry.first_token_at is None or tpot_s <= 0 or now - worker.clean_decode_at < CLEAN_S:
+        return
+    worker.cost.observe_decode(max(1, worker.num_decoding), worker.num_context_tokens, tpot_s)

@@ -1,0 +1,295 @@
+"""Who runs what right now: the scheduler's own in-flight ledger, which is the truth for load.
+
+Polled metrics are too old to place by, so every placement is booked here at once and every end is booked when the gateway
+tells it; heartbeats only correct what got lost on the way (`WorkerState.beat`). All sums are kept, none is recomputed:
+a decision looks at hundreds of workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Container
+
+from protocol.messages import WorkerBeat, WorkerInfo, WorkerStats
+from protocol.ticket import WorkerRef
+from scheduler.cost import CostModel, Drift
+
+MISSES = 3  # heartbeats without a request that was there: its end got lost
+UNSEEN_S = 15.0  # a placement that no heartbeat ever mentioned: the gateway never came
+
+
+class Entry:
+    """One request that is placed. Prefilling until `first_token_at` is set, then decoding."""
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        epoch: int,
+        position: int,
+        model: str,
+        prompt_len: int,
+        num_choices: int,
+        expected_output: float,
+        placed_at: float,
+        decode: WorkerState,
+        prefill: WorkerState | None,
+        cached: int,
+        prefill_s: float,
+    ) -> None:
+        self.request_id = request_id
+        self.epoch = epoch
+        self.position = position  # in the queue; kept when it is placed again
+        self.model = model
+        self.prompt_len = prompt_len
+        self.num_choices = num_choices
+        self.expected_output = expected_output
+        self.placed_at = placed_at
+        self.decode = decode
+        self.prefill = prefill
+        self.cached = cached  # prompt tokens that the prefilling worker is believed to hold
+        self.prefill_s = prefill_s  # predicted, without queueing
+        self.first_token_at: float | None = None
+        self.gateway_id: str | None = None
+        self.is_seen = False  # a heartbeat of its decode worker named it
+        self.num_missed = 0  # heartbeats since then that did not
+        self.num_missed_prefill = 0
+        self.prefill_is_seen = False
+
+    @property
+    def prefilling_at(self) -> WorkerState:
+        """The worker whose prefill queue it is, or was, in."""
+        return self.prefill or self.decode
+
+    @property
+    def num_context_tokens(self) -> float:
+        """Summed over its choices, half way through their expected output."""
+        return self.num_choices * (self.prompt_len + self.expected_output / 2)
+
+    @property
+    def num_blocks_now(self) -> int:
+        return blocks_to_reserve(self.decode.info, self.prompt_len, self.num_choices)
+
+    @property
+    def num_blocks_at_end(self) -> int:
+        return blocks_at_end(self.decode.info, self.prompt_len, self.num_choices, self.expected_output)
+
+
+def blocks_to_reserve(info: WorkerInfo, prompt_len: int, num_choices: int) -> int:
+    """What the decode worker sets aside: the prompt's blocks, and a place of its own for each choice's next token."""
+    layout = info.layout
+    return layout.num_blocks_for(prompt_len) + num_choices - (prompt_len % layout.block_size != 0)
+
+
+def blocks_at_end(info: WorkerInfo, prompt_len: int, num_choices: int, expected_output: float) -> int:
+    """Shared prompt, and each choice's own expected output."""
+    layout = info.layout
+    return layout.num_blocks_for(prompt_len) + num_choices * layout.num_blocks_for(math.ceil(expected_output))
+
+
+class WorkerState:
+    """One life of one worker, as the ledger sees it."""
+
+    def __init__(self, info: WorkerInfo, cost: CostModel, now: float) -> None:
+        self.info = info
+        self.cost = cost  # shared by all workers of this model, device and role
+        self.ref = WorkerRef(info.incarnation, info.role, info.address)
+        self.state = "ready"
+        self.registered_at = now
+        self.last_beat_at = now
+        self.is_alive = True
+        self.stats: WorkerStats | None = None
+        self.prefill_drift = Drift()
+        self.decode_drift = Drift()
+        self.clean_decode_at = now  # when a heartbeat last showed decode steps with nothing else in them
+        self.entries: dict[str, Entry] = {}  # requests that decode here, by request_id
+        # Prefill queue: everything that will be prefilled here, in order, with its predicted seconds.
+        self.prefills: OrderedDict[str, Entry] = OrderedDict()
+        self.prefill_backlog_s = 0.0
+        self.prefill_head_since = now  # when the one at the head began
+        # Sums over `entries`.
+        self.num_coming = 0  # choices whose prefill is not over
+        self.num_decoding = 0
+        self.num_context_tokens = 0.0
+        self.blocks_at_end = 0
+        # What happened since the heartbeat whose free blocks are known.
+        self.blocks_unseen = 0
+        self.blocks_returned = 0
+        self.is_full = False  # it refused a reservation; until it tells news or something ends here
+
+    @property
+    def incarnation(self) -> str:
+        return self.info.incarnation
+
+    @property
+    def takes_work(self) -> bool:
+        return self.is_alive and self.state == "ready"
+
+    @property
+    def num_free_blocks(self) -> int:
+        """The last heartbeat's, less what was placed and plus what ended since."""
+        free = self.info.num_blocks if self.stats is None else self.stats.num_free_blocks
+        return min(self.info.num_blocks, free - self.blocks_unseen + self.blocks_returned)
+
+    def prefill_queue_s(self, now: float) -> float:
+        """Seconds until a prefill that joins now would begin."""
+        if not self.prefills:
+            return 0.0
+        head = next(iter(self.prefills.values())).prefill_s
+        done = min(head, max(0.0, now - self.prefill_head_since))
+        return max(0.0, self.prefill_backlog_s - done)
+
+
+class Ledger:
+    """Entries by request and by worker. The only place where a worker's sums change."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    def book(self, entry: Entry, now: float) -> None:
+        """A placement, booked before anybody is told of it."""
+        assert entry.request_id not in self.entries, "a request has one attempt at a time"
+        self.entries[entry.request_id] = entry
+        decode = entry.decode
+        decode.entries[entry.request_id] = entry
+        decode.num_coming += entry.num_choices
+        decode.num_context_tokens += entry.num_context_tokens
+        decode.blocks_at_end += entry.num_blocks_at_end
+        decode.blocks_unseen += entry.num_blocks_now
+        prefilling = entry.prefilling_at
+        if not prefilling.prefills:
+            prefilling.prefill_head_since = now
+        prefilling.prefills[entry.request_id] = entry
+        prefilling.prefill_backlog_s += entry.prefill_s
+
+    def first_token(self, entry: Entry, now: float) -> None:
+        """Its prefill is over: it no longer loads the prefill worker and is one of the decoding."""
+        if entry.first_token_at is not None:
+            return
+        entry.first_token_at = now
+        self._leave_prefill(entry, now)
+        entry.decode.num_coming -= entry.num_choices
+        entry.decode.num_decoding += entry.num_choices
+
+    def free(self, entry: Entry, now: float) -> None:
+        """The attempt is over, however it ended."""
+        del self.entries[entry.request_id]
+        decode = entry.decode
+        del decode.entries[entry.request_id]
+        if entry.first_token_at is None:
+            self._leave_prefill(entry, now)
+            decode.num_coming -= entry.num_choices
+        else:
+            decode.num_decoding -= entry.num_choices
+        decode.num_context_tokens -= entry.num_context_tokens
+        decode.blocks_at_end -= entry.num_blocks_at_end
+        if not decode.entries:
+            decode.num_context_tokens = 0.0  # floats that were added and taken away
+        if not entry.is_seen:
+            decode.blocks_unseen -= entry.num_blocks_now
+        elif entry.num_missed == 0:  # the last heartbeat still counted its blocks as used
+            decode.blocks_returned += entry.num_blocks_now
+        decode.is_full = False
+
+    def _leave_prefill(self, entry: Entry, now: float) -> None:
+        worker = entry.prefilling_at
+        was_head = next(iter(worker.prefills), None) == entry.request_id
+        if worker.prefills.pop(entry.request_id, None) is None:
+            return
+        worker.prefill_backlog_s = max(0.0, worker.prefill_backlog_s - entry.prefill_s) if worker.prefills else 0.0
+        if was_head:
+            worker.prefill_head_since = now
+
+    def beat(self, worker: WorkerState, beat: WorkerBeat, now: float, ended: Container[str] = ()) -> list[Entry]:
+        """Correct what this heartbeat contradicts. Returns the requests that it runs and nobody here knows: adopted.
+
+        ended: requests known to be over, whose worker may have beaten before it heard of that.
+        """
+        worker.last_beat_at = now
+        worker.state = beat.state
+        worker.stats = beat.stats
+        running = dict(beat.running)
+        if worker.info.role == "prefill":
+            self._correct_prefills(worker, running, now)
+            return []
+        worker.is_full = False
+        worker.blocks_returned = 0
+        for entry in list(worker.entries.values()):
+            if running.get(entry.request_id, -1) >= entry.epoch:
+                if not entry.is_seen:
+                    entry.is_seen = True
+                    worker.blocks_unseen -= entry.num_blocks_now
+                entry.num_missed = 0
+            elif entry.is_seen:
+                entry.num_missed += 1
+                if entry.num_missed >= MISSES:
+                    self.free(entry, now)
+            elif now - entry.placed_at > UNSEEN_S:
+                self.free(entry, now)
+        return self._adopt(worker, {r: e for r, e in running.items() if r not in ended}, now)
+
+    def _correct_prefills(self, worker: WorkerState, running: dict[str, int], now: float) -> None:
+        for entry in list(worker.prefills.values()):
+            if entry.request_id in running:
+                entry.prefill_is_seen, entry.num_missed_prefill = True, 0
+            elif entry.prefill_is_seen:
+                entry.num_missed_prefill += 1
+                if entry.num_missed_prefill >= MISSES:
+                    self.first_token(entry, now)
+
+    def _adopt(self, worker: WorkerState, running: dict[str, int], now: float) -> list[Entry]:
+        """Truth rule R9: running work is rebuilt from workers. Sizes are what the worker's block count says on average."""
+        unknown = [(r, e) for r, e in running.items() if r not in self.entries]
+        if not unknown or worker.stats is None:
+            return []
+        num_tokens = worker.stats.num_used_blocks * worker.info.layout.block_size // len(running)
+        adopted = []
+        for request_id, epoch in unknown:
+            entry = Entry(
+                request_id=request_id,
+                epoch=epoch,
+                position=-1,
+                model=worker.info.model,
+                prompt_len=max(1, num_tokens),
+                num_choices=1,
+                expected_output=1.0,
+                placed_at=now,
+                decode=worker,
+                prefill=None,
+                cached=0,
+                prefill_s=0.0,
+            )
+            self.book(entry, now)
+            self.first_token(entry, now)
+            entry.is_seen = True
+            worker.blocks_unseen -= entry.num_blocks_now
+            adopted.append(entry)
+        return adopted
+
+    def lose(self, worker: WorkerState, now: float) -> list[Entry]:
+        """The worker is gone: free, and return, every attempt that needed it."""
+        worker.is_alive = False
+        lost = list(worker.entries.values())
+        lost += [entry for entry in worker.prefills.values() if entry.decode is not worker]
+        for entry in lost:
+            self.free(entry, now)
+        return lost
+
+    def check_integrity(self, workers: list[WorkerState]) -> None:
+        """Every sum is what its entries say. Raises AssertionError with the worker and both numbers."""
+        for worker in workers:
+            entries = list(worker.entries.values())
+            name = worker.incarnation
+            coming = sum(e.num_choices for e in entries if e.first_token_at is None)
+            decoding = sum(e.num_choices for e in entries if e.first_token_at is not None)
+            assert worker.num_coming == coming, f"{name}: {worker.num_coming} coming, entries say {coming}"
+            assert worker.num_decoding == decoding, f"{name}: {worker.num_decoding} decoding, entries say {decoding}"
+            at_end = sum(e.num_blocks_at_end for e in entries)
+            assert worker.blocks_at_end == at_end, f"{name}: {worker.blocks_at_end} blocks, entries say {at_end}"
+            unseen = sum(e.num_blocks_now for e in entries if not e.is_seen)
+            assert worker.blocks_unseen == unseen, f"{name}: {worker.blocks_unseen} unseen, entries say {unseen}"
+            assert set(worker.prefills) <= self.entries.keys(), f"{name}: prefills of nobody"
+            backlog = sum(e.prefill_s for e in worker.prefills.values())
+            assert math.isclose(worker.prefill_backlog_s, backlog, abs_tol=1e-6), f"{name}: {worker.prefill_backlog_s}"
+        assert sum(len(w.entries) for w in workers) == len(self.entries), "an entry without a living worker"

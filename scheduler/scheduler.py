@@ -1,0 +1,444 @@
+"""The scheduler: admits, orders and places every request, and knows what runs where. Start reading at `submit`.
+
+Pure: no sockets, no Ray, no clock; whoever drives it passes `now`, seconds of one monotonic clock. It never waits:
+`submit` takes or refuses, `decisions` says what was decided since, `tick` notices silence. Driven by
+`cluster/scheduler_service.py` in production and by tests and simulations under a virtual clock.
+
+    submit ──> queue ──> decisions: Ticket ──> progress (first token) ──> outcome
+                 ^            │ refused, failed, worker gone: submit again, resumption, at its old position
+                 └────────────┘
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from configs.schema import SchedulerConfig
+from protocol.errors import DeadlineExceeded, Failure, InvalidRequest, PromptTooLong, TandemError, to_failure
+from protocol.messages import Admit, GatewayBeat, Outcome, Progress, WorkerBeat, WorkerInfo, WorkerPhase
+from protocol.ticket import Ticket
+from scheduler import admission
+from scheduler.admission import DrainRate
+from scheduler.cost import CostBook
+from scheduler.latency import Latencies, Sample
+from scheduler.learning import learn_from_beat, learn_from_first_token, learn_from_outcome
+from scheduler.ledger import Entry, Ledger, WorkerState, blocks_to_reserve
+from scheduler.placement import Blocked, Placement, Rules, place
+from scheduler.prefix_index import PrefixIndex
+from scheduler.queue import Fcfs, Item, Order, Queue
+from scheduler.records import Gateway, Records
+from scheduler.status import status_of
+
+HASH_BLOCK_LEN = 64  # tokens behind one of Admit.prefix_hashes; the gateways hash by the same
+MAX_REMEMBERED = 65_536  # requests whose last epoch, or whose end, is remembered, so that a late message changes nothing
+MAX_DEAD = 64  # dead workers kept for the status
+RETRY_S = 0.25  # how soon time alone may make room (predicted ends)
+
+Decision = Ticket | tuple[str, Failure]
+
+
+class Scheduler:
+    """See the module. `draw` is a source of jitter in [0, 1); `order` the policy, FCFS unless another is given."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig | None = None,
+        *,
+        enable_prefix_caching: bool = True,
+        hash_block_len: int = HASH_BLOCK_LEN,
+        max_prefix_hashes: int = 200_000,
+        gateway_lease_s: float = 10.0,
+        order: Order | None = None,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self.config = config or SchedulerConfig()
+        self.rules = Rules(
+            disaggregation_threshold=self.config.disaggregation_threshold,
+            tpot_target_s=self.config.tpot_target_s,
+            max_prefill_queue_s=max(1.0, self.config.ttft_target_s),
+            hash_block_len=hash_block_len,
+        )
+        bounds = (self.config.max_queue_requests, self.config.max_queue_tokens, self.config.max_queue_bytes)
+        self.queue = Queue(order or Fcfs(), *bounds)
+        self.ledger = Ledger()
+        self.costs = CostBook()
+        self.index = PrefixIndex(max_prefix_hashes)
+        self.latencies = Latencies()
+        self.records = Records()
+        self.drain_rate = DrainRate()
+        self.workers: dict[str, WorkerState] = {}  # alive, by incarnation
+        self.dead: OrderedDict[str, WorkerState] = OrderedDict()
+        self.gateways: dict[str, Gateway] = {}
+        self._by_model: dict[str, list[WorkerState]] = {}
+        self._use_index = enable_prefix_caching
+        self._gateway_lease_s = gateway_lease_s
+        self._draw = draw
+        self._next_position = 0
+        self._epochs: OrderedDict[str, int] = OrderedDict()  # request_id -> the last epoch minted for it
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._last_alive_at: dict[str, float] = {}  # model -> when a decode worker of it was last alive
+        self._started_at: float | None = None
+        self._has_news = False
+        self._retry_at = float("inf")
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def submit(self, admit: Admit, now: float) -> int:
+        """Take a request, or one that has to be placed again, into the queue. Returns the epoch of its next attempt.
+
+        Raises Overloaded, NoWorker (503) or TenantOverLimit (429) with a computed retry_after, and InvalidRequest for
+        what no worker's pool could ever hold. The answer comes out of `decisions`, once.
+        """
+        self._begin(now)
+        request_id = admit.request_id
+        former, waiting = self.ledger.entries.get(request_id), self.queue.remove(request_id)
+        position, last_epoch = self._next_position, max(admit.last_epoch, self._epochs.get(request_id, 0))
+        if waiting is not None:
+            position = waiting.position
+        if former is not None:
+            position = former.position if former.position >= 0 else position
+            last_epoch = max(last_epoch, former.epoch)  # it may have been adopted, minted by a scheduler before this one
+            self._note_refusal(former, admit)
+            self._free(former, now)
+        if position == self._next_position:
+            self._next_position += 1
+        self.records.count("resumed" if admit.resumption else "submitted")
+        self._check_it_can_ever_fit(admit)
+        if not admit.resumption:
+            self._refuse_early(admit, now)
+        deadline = now + min(admit.deadline_s, self.config.queue_timeout_s)
+        self.queue.add(Item(admit, position, last_epoch + 1, now, deadline))
+        self._has_news = True
+        return last_epoch + 1
+
+    def withdraw(self, request_id: str, now: float | None = None) -> None:
+        """Nobody waits for it any more: out of the queue, and out of the ledger if its ticket was under way."""
+        item = self.queue.remove(request_id)
+        entry = self.ledger.entries.get(request_id)
+        if item is not None or entry is not None:
+            self.records.count("withdrawn")
+            self._remember_end(request_id)
+        if entry is not None:
+            self._free(entry, entry.placed_at if now is None else now)
+
+    def decisions(self, now: float) -> list[Decision]:
+        """Everything decided since the last call: tickets in the order of placement, and failures of those that waited
+        in vain. Cheap when nothing has changed.
+        """
+        self._begin(now)
+        out: list[Decision] = []
+        for item in self.queue.expired(now):
+            waited = now - item.queued_at
+            error = DeadlineExceeded(
+                f"not placed within {waited:.1f} s (scheduler.queue_timeout_s, or the request's own deadline)",
+                retry_after=admission.retry_after(self.predicted_drain_s(item.admit.model, now), self._draw),
+            )
+            out.append(self._fail(item, error, "queue_timeout"))
+        if not self._has_news and now < self._retry_at:
+            return out
+        self._has_news, self._retry_at = False, float("inf")
+        blocked: set[str] = set()  # models whose first in line waits for room: nobody overtakes
+        decided: list[str] = []
+        for item in self.queue:
+            model = item.admit.model
+            if model in blocked:
+                continue
+            decision = self._try(item, now)
+            if isinstance(decision, Blocked):
+                self._retry_at = now + RETRY_S
+                if decision is Blocked.NO_ROOM:
+                    blocked.add(model)
+                    if blocked >= self._by_model.keys():
+                        break
+            else:
+                out.append(decision)
+                decided.append(item.admit.request_id)
+        for request_id in decided:
+            self.queue.remove(request_id)
+        return out
+
+    def progress(self, message: Progress, now: float) -> None:
+        """The first token is out."""
+        entry = self.ledger.entries.get(message.request_id)
+        if entry is None or entry.epoch != message.epoch or entry.first_token_at is not None:
+            return
+        learn_from_first_token(entry, message.prefill_s, now)
+        self.ledger.first_token(entry, now)
+        self._has_news = True
+
+    def outcome(self, message: Outcome, now: float) -> None:
+        """The request is over, whichever attempt of it the ledger has. Told once, by the gateway alone."""
+        self._begin(now)
+        entry = self.ledger.entries.get(message.request_id)
+        self.queue.remove(message.request_id)
+        self._remember_end(message.request_id)
+        kind = message.kind if message.kind in ("finished", "failed", "cancelled") else "failed"
+        self.records.count(kind)
+        self.records.count_tokens(message)
+        if kind == "finished":
+            has_tpot = message.output_tokens > 1 and message.tpot_s > 0
+            sample = Sample(now, message.ttft_s, message.tpot_s if has_tpot else None, message.e2e_s, message.queue_s)
+            self.latencies.add(message.slo_class, sample)
+        if entry is not None:
+            if kind == "finished":
+                self.costs.output(entry.model).observe(message.output_tokens / entry.num_choices)
+                learn_from_outcome(entry, message.tpot_s, now)
+            self._free(entry, now)
+
+    # ---- workers ---------------------------------------------------------------------------------------------------
+
+    def register(self, info: WorkerInfo, now: float) -> None:
+        """A worker is ready, or speaks to this scheduler for the first time. What it runs already, its beats tell."""
+        self._begin(now)
+        known = self.workers.get(info.incarnation)
+        if known is not None:
+            known.last_beat_at = now
+            return
+        self.dead.pop(info.incarnation, None)
+        worker = WorkerState(info, self.costs.of(info.model, info.device, info.role), now)
+        self.workers[info.incarnation] = worker
+        self._by_model.setdefault(info.model, []).append(worker)
+        self.records.registered(info)
+        self._has_news = True
+
+    def phase(self, message: WorkerPhase, now: float) -> None:
+        """How far a worker's start-up is; kept for whoever prints it."""
+        self._begin(now)
+        self.records.phase(message)
+
+    def heartbeat(self, beat: WorkerBeat, now: float) -> bool:
+        """True when this incarnation is known. False: register again; what it runs comes with the next beat."""
+        worker = self.workers.get(beat.incarnation)
+        if worker is None:
+            return False
+        before = worker.stats
+        adopted = self.ledger.beat(worker, beat, now, self._ended)
+        self.records.count("adopted", len(adopted))
+        learn_from_beat(worker, before, beat.stats, now)
+        self._has_news = True
+        return True
+
+    def worker_lost(self, incarnation: str, now: float) -> list[tuple[str, int]]:
+        """The worker's connection broke, or it fell silent. Returns the attempts that ended with it."""
+        worker = self.workers.pop(incarnation, None)
+        if worker is None:
+            return []
+        if worker.info.role == "decode":
+            self._last_alive_at[worker.info.model] = now
+        self._by_model[worker.info.model].remove(worker)
+        self.index.forget(incarnation)
+        lost = self.ledger.lose(worker, now)
+        self.dead[incarnation] = worker
+        self.records.retire(worker)
+        while len(self.dead) > MAX_DEAD:
+            self.dead.popitem(last=False)
+        self.records.count("workers_lost")
+        self._has_news = True
+        return [(entry.request_id, entry.epoch) for entry in lost]
+
+    # ---- gateways --------------------------------------------------------------------------------------------------
+
+    def gateway_beat(self, beat: GatewayBeat, now: float) -> None:
+        """A gateway is alive. What it held and no longer names is over: its outcome got lost."""
+        self._begin(now)
+        gateway = self.gateways.setdefault(beat.gateway_id, Gateway(beat.gateway_id))
+        gateway.last_beat_at = now
+        held = {request_id for request_id, _ in beat.in_flight}
+        for request_id in gateway.held - held:
+            self._drop_unheld(request_id, now)
+        gateway.held = held
+        for request_id in held:
+            entry = self.ledger.entries.get(request_id)
+            if entry is not None:
+                entry.gateway_id = beat.gateway_id
+
+    # ---- time ------------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[tuple[str, int]]:
+        """Notice who fell silent. Returns the attempts that ended with workers lost just now."""
+        self._begin(now)
+        patience = self.config.heartbeat_s * self.config.heartbeat_misses
+        silent = [w.incarnation for w in self.workers.values() if now - w.last_beat_at > patience]
+        affected = [attempt for incarnation in silent for attempt in self.worker_lost(incarnation, now)]
+        for gateway in [g for g in self.gateways.values() if now - g.last_beat_at > self._gateway_lease_s]:
+            del self.gateways[gateway.gateway_id]
+            self.records.count("gateways_lost")
+            for request_id in gateway.held:
+                self._drop_unheld(request_id, now)
+        return affected
+
+    def next_wakeup(self, now: float) -> float | None:
+        """When `tick` and `decisions` have something to do though nothing arrives; None: never."""
+        patience = self.config.heartbeat_s * self.config.heartbeat_misses
+        times = [w.last_beat_at + patience for w in self.workers.values()]
+        times += [g.last_beat_at + self._gateway_lease_s for g in self.gateways.values()]
+        deadline = self.queue.next_deadline()
+        if deadline is not None:
+            times += [deadline, now if self._has_news else min(self._retry_at, deadline)]
+        return max(now, min(times)) if times else None
+
+    def status(self, now: float) -> dict[str, Any]:
+        """The cluster as the scheduler sees it, ready for JSON: see `scheduler.status.status_of` for every field."""
+        self._begin(now)
+        return status_of(self, now)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a sum is not what its parts say."""
+        self.queue.check_integrity()
+        self.ledger.check_integrity(list(self.workers.values()))
+
+    # ---- placing ---------------------------------------------------------------------------------------------------
+
+    def _try(self, item: Item, now: float) -> Decision | Blocked:
+        admit = item.admit
+        matches = self.index.match(admit.prefix_hashes) if self._use_index else {}
+        workers = self._by_model.get(admit.model, [])
+        found = place(admit, workers, self.costs.output(admit.model), matches, self.rules, now)
+        if found is Blocked.NO_WORKER:
+            if now - max(self._without_since(admit.model), item.queued_at) > self.config.recovery_s:
+                error = admission.no_worker(admit.model, self._until_worker(admit.model, now), self._draw)
+                return self._fail(item, error, "no_worker")
+            return found
+        if isinstance(found, Blocked):
+            return found
+        return self._book(item, found, now)
+
+    def _book(self, item: Item, placement: Placement, now: float) -> Ticket:
+        admit = item.admit
+        self._mint(admit.request_id, item.epoch)
+        self._ended.pop(admit.request_id, None)
+        self.drain_rate.placed(admit.prompt_len, now, was_backlog=len(self.queue) > 1)
+        entry = Entry(
+            request_id=admit.request_id,
+            epoch=item.epoch,
+            position=item.position,
+            model=admit.model,
+            prompt_len=admit.prompt_len,
+            num_choices=admit.num_choices,
+            expected_output=placement.expected_output,
+            placed_at=now,
+            decode=placement.decode,
+            prefill=placement.prefill,
+            cached=placement.cached,
+            prefill_s=placement.prefill_s,
+        )
+        self.ledger.book(entry, now)
+        if self._use_index:
+            self.index.insert(placement.decode.incarnation, admit.prefix_hashes)
+            if placement.prefill is not None:
+                self.index.insert(placement.prefill.incarnation, admit.prefix_hashes)
+        self.records.count("placed")
+        self.records.count("placed_disaggregated" if placement.prefill else "placed_local")
+        prefill = placement.prefill.ref if placement.prefill else None
+        return Ticket(admit.request_id, item.epoch, placement.decode.ref, prefill, placement.ttft_s)
+
+    def _fail(self, item: Item, error: TandemError, reason: str) -> tuple[str, Failure]:
+        self._mint(item.admit.request_id, item.epoch)
+        self._remember_end(item.admit.request_id)
+        self.records.reject(reason)
+        return item.admit.request_id, to_failure(error)
+
+    # ---- refusing --------------------------------------------------------------------------------------------------
+
+    def _refuse_early(self, admit: Admit, now: float) -> None:
+        """Raises what makes waiting useless: nobody to wait for, no room to wait in, no hope to be placed in time."""
+        model = admit.model
+        if not self._has_decode(model) and now - self._without_since(model) > self.config.recovery_s:
+            self.records.reject("no_worker")
+            raise admission.no_worker(model, self._until_worker(model, now), self._draw)
+        drain = self.predicted_drain_s(model, now)
+        refusal = admission.overflowing(admit, self.queue, drain, self._draw)
+        if refusal is not None:
+            self.records.reject(refusal[1])
+            raise refusal[0]
+        patience = min(admit.deadline_s, self.config.queue_timeout_s)
+        # Twice: an estimate may be wrong, and refusing whom we could have served is worse than letting one wait.
+        if self.drain_rate.tokens_per_s(now) is not None and drain > 2 * patience:
+            self.records.reject("would_time_out")
+            raise admission.hopeless(drain, patience, self._draw)
+
+    def _check_it_can_ever_fit(self, admit: Admit) -> None:
+        decodes = [w.info for w in self._by_model.get(admit.model, []) if w.info.role == "decode"]
+        if not decodes:
+            return
+        num_tokens = admit.prompt_len + admit.max_tokens
+        largest = max(decodes, key=lambda info: info.num_blocks * info.layout.block_size)
+        if largest.layout.num_blocks_for(num_tokens) > largest.num_blocks:
+            self.records.reject("too_long")
+            raise PromptTooLong(
+                f"prompt and max_tokens are {num_tokens} tokens, the KV pool of a worker holds "
+                f"{largest.num_blocks * largest.layout.block_size}; lower max_tokens or raise --num-gpu-blocks-override "
+                "(model.kv_cache_bytes on a CPU)",
+                param="max_tokens",
+            )
+        if blocks_to_reserve(largest, admit.prompt_len, admit.num_choices) > largest.num_blocks:
+            self.records.reject("too_long")
+            raise InvalidRequest(
+                f"{admit.num_choices} choices of a prompt of {admit.prompt_len} tokens do not fit into a worker's "
+                f"{largest.num_blocks} KV blocks; lower n or raise --num-gpu-blocks-override",
+                param="n",
+            )
+
+    def predicted_drain_s(self, model: str, now: float) -> float:
+        """Seconds until everything that waits is placed."""
+        workers, output = self._by_model.get(model, []), self.costs.output(model)
+        return admission.drain_s(self.queue.num_tokens, len(self.queue), workers, output, self.drain_rate, now)
+
+    def _has_decode(self, model: str) -> bool:
+        return any(w.info.role == "decode" for w in self._by_model.get(model, []))
+
+    def _without_since(self, model: str) -> float:
+        """Since when no decode worker of the model has been alive; a fresh scheduler gives everybody time to register."""
+        assert self._started_at is not None, "every door begins with _begin"
+        return self._last_alive_at.get(model, self._started_at)
+
+    def _until_worker(self, model: str, now: float) -> float:
+        return max(0.0, self.records.start_up_s - (now - self._without_since(model)))
+
+    # ---- ends ------------------------------------------------------------------------------------------------------
+
+    def _begin(self, now: float) -> None:
+        if self._started_at is None:
+            self._started_at = now
+
+    def _note_refusal(self, former: Entry, admit: Admit) -> None:
+        """Back without a first token and without blaming its workers: the decode worker had no room."""
+        blamed = former.decode.incarnation in admit.excluded or (
+            former.prefill is not None and former.prefill.incarnation in admit.excluded
+        )
+        if former.first_token_at is None and not blamed and not former.is_seen:
+            former.decode.is_full = True
+            self.records.count("reservations_refused")
+
+    def _free(self, entry: Entry, now: float) -> None:
+        was_full = entry.decode.is_full
+        self.ledger.free(entry, now)
+        # Taking back a refused placement is no news of room.
+        entry.decode.is_full = was_full and not entry.is_seen
+        self._has_news = True
+
+    def _drop_unheld(self, request_id: str, now: float) -> None:
+        """No gateway holds it any more."""
+        item, entry = self.queue.remove(request_id), self.ledger.entries.get(request_id)
+        if item is None and entry is None:
+            return
+        self.records.count("abandoned")
+        self._remember_end(request_id)
+        if entry is not None:
+            self._free(entry, now)
+
+    def _remember_end(self, request_id: str) -> None:
+        self._ended[request_id] = None
+        while len(self._ended) > MAX_REMEMBERED:
+            self._ended.popitem(last=False)
+
+    def _mint(self, request_id: str, epoch: int) -> None:
+        """The epoch is given away: the next attempt's is above it."""
+        assert epoch > self._epochs.get(request_id, 0), "epochs only grow"
+        self._epochs[request_id] = epoch
+        self._epochs.move_to_end(request_id)
+        while len(self._epochs) > MAX_REMEMBERED:
+            self._epochs.popitem(last=False)
