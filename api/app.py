@@ -76,7 +76,7 @@ class Edge:
         except Exception:
             if has_started:
                 raise
-            log.exception("%s %s", scope["method"], scope["path"])
+            log.exception("%r %r", scope["method"], scope["path"])
             response = error_response(InternalError("internal error; the gateway's log has the details"))
             await response(scope, receive, send_with_id)
 

@@ -19,6 +19,7 @@ from protocol.request import Request
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """One served model. Several names may stand for the same model: one card each, with the same `root`.
 
+    model: the name under which workers register it, where that is not the id itself (an alias).
     vocab_size: the width of the logits; every token id that a client names is checked against it. default_sampling:
     values of SamplingParams that hold where a request says nothing (generation_config.json).
     """
@@ -30,6 +31,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     created: int = 0  # unix seconds, for people
     owned_by: str = "tandem"
+    model: str = ""
     default_sampling: dict[str, Any] = {}
 
 
@@ -85,10 +87,10 @@ class Backend(Protocol):
         ...
 
     async def status(self) -> dict[str, Any]:
-        """The scheduler's view as plain JSON values. What /dashboard reads of it, each part optional:
+        """The scheduler's view as plain JSON values; may raise TandemError. The dashboard reads, each part optional:
 
-        {"workers": [{"name", "role", "state", "num_running", "num_waiting", "num_blocks", "num_used_blocks",
-        "num_free_blocks", "num_cached_blocks", "device", "host"}], "queue": {"num_requests", "num_tokens"}}
+        workers, queue, in_flight, latencies (class -> ttft_s, tpot_s, kept), window_s, counters, totals, starting,
+        as `scheduler/status.py` describes them.
         """
         ...
 

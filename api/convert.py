@@ -259,7 +259,7 @@ def _job(
             sampling = msgspec.structs.replace(wanted, max_tokens=min(wanted.max_tokens or rest, rest))
         request = Request(
             request_id=unique if len(ids) == 1 else f"{unique}-{i}",
-            model=card.root,
+            model=card.model or card.id,
             prompt_token_ids=tuple(prompt),
             sampling=sampling,
             eos_token_ids=card.eos_token_ids,

@@ -16,7 +16,7 @@ from api.errors import error_body, json_response
 from api.intake import read_json
 from api.routes import Service
 from api.schema import DetokenizeBody, TokenizeBody, validate
-from protocol.errors import InvalidRequest, Overloaded
+from protocol.errors import InvalidRequest, Overloaded, TandemError
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 DASHBOARD = Path(__file__).with_name("dashboard.html")
@@ -138,15 +138,22 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
 
 async def _dashboard_data(service: Service) -> dict[str, Any]:
+    """What dashboard.html polls. A scheduler that does not answer is an empty status with the reason beside it."""
     settings, backend = service.settings, service.backend
+    error: str | None = None
+    status: dict[str, Any] = {}
+    try:
+        status = await backend.status()
+    except TandemError as failure:
+        error = failure.message
     return {
         "version": settings.version,
         "models": [card.id for card in backend.models()],
         "ready": backend.is_ready(),
         "reason": backend.reason(),
-        "num_in_flight": service.num_in_flight,
-        "latency": service.latency.summary(settings.promise_ttft_s, settings.promise_tpot_s),
-        "status": await backend.status(),
+        "promise": {"ttft_s": settings.promise_ttft_s, "tpot_s": settings.promise_tpot_s},
+        "status": status,
+        "error": error,
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from api.backend import Backend
 from protocol.errors import Failure, to_failure
@@ -22,21 +22,11 @@ MAX_BUFFERED = 1024  # events of one response that its client has not taken yet
 
 
 class Relay:
-    """The events of one HTTP request's prompts. `close()` is called exactly once, in a finally.
+    """The events of one HTTP request's prompts. `close()` is called exactly once, in a finally."""
 
-    observe: is told every terminal event, and the number of choices that it ends.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        requests: Sequence[Request],
-        slow_client_timeout_s: float,
-        observe: Callable[[Finished | Failed, int], None],
-    ) -> None:
+    def __init__(self, backend: Backend, requests: Sequence[Request], slow_client_timeout_s: float) -> None:
         self._backend = backend
         self._slow_client_timeout_s = slow_client_timeout_s
-        self._observe = observe
         self._buffer: list[tuple[int, Event]] = []
         self._waiter: asyncio.Future[None] | None = None
         self._room = asyncio.Event()
@@ -106,7 +96,6 @@ class Relay:
             log.error("request %s: its events ended without a last one", request.request_id)
             last = Failed(Failure("InternalError", "the answer broke off; the gateway's log has the details"))
         self._put(prompt, last)
-        self._observe(last, request.sampling.n)
 
     async def _wait_for_room(self) -> bool:
         self._room.clear()

@@ -21,7 +21,6 @@ from api.backend import Backend, ModelCard, Settings
 from api.convert import Job, chat_job, completion_job, find_model
 from api.errors import json_response
 from api.intake import read_json
-from api.latency import LatencyWindow
 from api.relay import Relay
 from api.schema import ChatBody, CompletionBody, validate
 from api.stream import ChunkEncoder, EventStream
@@ -58,12 +57,11 @@ class Service:
         self.backend = backend
         self.tokenizer = tokenizer
         self.settings = settings
-        self.latency = LatencyWindow()
         self.num_in_flight = 0
 
     async def answer(self, http: HttpRequest, job: Job) -> Response:
         """Generate, and answer as a stream or as a whole. Until the first event an error is an HTTP status."""
-        relay = Relay(self.backend, job.requests, self.settings.slow_client_timeout_s, self.latency.observe)
+        relay = Relay(self.backend, job.requests, self.settings.slow_client_timeout_s)
         watcher = asyncio.ensure_future(_client_gone(http))
         watcher.add_done_callback(relay.abandon)
         self.num_in_flight += 1

@@ -12,7 +12,6 @@ The constant bytes of a chunk are made once per choice, so that a chunk costs li
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from typing import Any
 
@@ -194,11 +193,10 @@ class EventStream(Response):
                     break
                 batch = await self._relay.take(self._keep_alive_s)
         except TimeoutError:
-            log.info("%s: the client does not read, cut off", scope.get("path"))
+            log.info("%r: the client does not read, cut off", scope.get("path"))
             raise
         except OSError:  # the connection broke while writing
             pass
         finally:
             self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.shield(self._on_close())
+            await asyncio.shield(self._on_close())

@@ -1,6 +1,7 @@
 """The Serve application: `build(args)` for a Serve config file (`import_path: cluster.app:build`) and for `tandem serve`.
 
-args: {"config": {section: {key: value}}, "secret": "..."}; without a secret the environment's TANDEM_CLUSTER_SECRET is taken.
+args: {"config": {section: {key: value}}, "secret": "..."}. Secrets may stay out of the file: without them the environment's
+TANDEM_CLUSTER_SECRET and TANDEM_GATEWAY_API_KEY are taken.
 Each role is a deployment whose replicas ask for one unit of a resource of ours (`tandem_prefill`, `tandem_decode`), and for no CPU:
 Serve's default of one CPU per replica would leave half of the workers of a laptop waiting for ever.
 """
@@ -27,6 +28,8 @@ def build(args: dict[str, Any]) -> Application:
         config = msgspec.convert(args.get("config", {}), Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"the application's config: {error}") from None
+    if config.gateway.api_key is None and (key := os.environ.get("TANDEM_GATEWAY_API_KEY")):
+        config = msgspec.structs.replace(config, gateway=msgspec.structs.replace(config.gateway, api_key=key))
     check(config)
     secret = args.get("secret") or os.environ.get("TANDEM_CLUSTER_SECRET", "")
     if len(secret) < 16:

@@ -33,7 +33,12 @@ START_TIMEOUT_S = 30.0
 
 
 def decode_config(config_json: bytes) -> Config:
-    return msgspec.json.decode(config_json, type=Config)
+    """The cluster's configuration as this process sees it: which address its sockets bind may differ from node to node."""
+    config = msgspec.json.decode(config_json, type=Config)
+    here = os.environ.get("TANDEM_TRANSFER_BIND_HOST")
+    if here is None:
+        return config
+    return msgspec.structs.replace(config, transfer=msgspec.structs.replace(config.transfer, bind_host=here))
 
 
 # ---- the scheduler ---------------------------------------------------------------------------------------------------
@@ -234,7 +239,7 @@ class GatewayReplica:
         index = _replica_index()
         _title(f"gateway:{index}")
         network = SocketNetwork(f"gateway:{index}", secret, config.transfer.bind_host)
-        self._door = Door(config, network, SchedulerFinder(config_json, secret, network), f"gateway:{index}")
+        self._door = Door(config, network, SchedulerFinder(config_json, secret, network), f"gateway:{index}", secret)
         await self._door.start()
 
     async def __serve_build_asgi_app__(self) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -77,7 +76,7 @@ class Door:
         key = config.gateway.api_key
         settings = Settings(
             api_keys={hash_api_key(key): "default"} if key else {},
-            salt_secret=os.urandom(16),
+            salt_secret=secret,
             max_body_bytes=config.gateway.max_body_bytes,
             promise_ttft_s=config.scheduler.ttft_target_s,
             promise_tpot_s=config.scheduler.tpot_target_s,
@@ -97,7 +96,7 @@ class Door:
     # ---- api.backend.Backend -----------------------------------------------------------------------------------------
 
     def generate(self, request: Request) -> AsyncIterator[Event]:
-        return self._gateway.generate(request)
+        return self._gateway.generate(msgspec.structs.replace(request, model=self._card.id))
 
     def models(self) -> list[ModelCard]:
         return [self._card]

@@ -131,17 +131,18 @@ def _short_tmp() -> str:
 
 
 def _shut_down(ray: Any) -> None:
-    """Serve drains what it has, then Ray ends every process it started; what is left after that is killed by its parentage."""
+    """The application drains and goes, then Ray ends every process it started; what is left is killed by its parentage."""
     import psutil
 
     children = psutil.Process().children(recursive=True)
     if ray.is_initialized():
         from ray import serve
 
-        with contextlib.suppress(Exception):
-            serve.shutdown()
-        with contextlib.suppress(Exception):
-            ray.shutdown()
+        try:
+            serve.delete(APP_NAME)
+        except Exception as error:  # half of it may be dead already; what matters is that all of it goes now
+            log.warning("while stopping Serve: %s", error)
+        ray.shutdown()
     _, alive = psutil.wait_procs(children, timeout=3)
     for process in alive:
         with contextlib.suppress(psutil.Error):

@@ -182,7 +182,7 @@ class SocketNetwork:
         self._host = host
         self._port = port
         self._server: asyncio.Server | None = None
-        self._handler: Handler | None = None
+        self._handler: Handler = _not_serving
         self._on_lost: Callable[[Peer], None] = lambda peer: None
         self._outgoing: dict[str, Connection] = {}
         self._dialing: dict[str, asyncio.Lock] = {}
@@ -228,10 +228,12 @@ class SocketNetwork:
                     await self._server.wait_closed()
 
     def _adopt(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Connection:
-        assert self._handler is not None, "serve() comes first"
-        connection = Connection(name, reader, writer, self._handler, self._closed)
+        connection = Connection(name, reader, writer, self._handle, self._closed)
         self._all.add(connection)
         return connection
+
+    async def _handle(self, peer: Peer, message: Message) -> Message | None:
+        return await self._handler(peer, message)
 
     def _closed(self, connection: Connection) -> None:
         self._all.discard(connection)
@@ -275,6 +277,11 @@ class SocketNetwork:
             self._adopt(name.decode(errors="replace"), reader, writer)
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             writer.transport.abort()
+
+
+async def _not_serving(peer: Peer, message: Message) -> Message | None:
+    """Until serve(): a process may already tell others how its start-up goes."""
+    raise TandemError(f"this process does not serve yet ({type(message).__name__})")
 
 
 def _tune(writer: asyncio.StreamWriter) -> None:

@@ -153,7 +153,11 @@ class Handover:
         grant = job.grant
         assert grant is not None
         self._forget(grant_id)
-        bad = await self._verify_compute(lambda: verify(self._kv, grant, manifest))
+        try:
+            bad = await self._verify_compute(lambda: verify(self._kv, grant, manifest))
+        except BaseException:  # not verified is not good, and the blocks must not stay between two states
+            self._end(grant_id, self._inbound.verified(grant_id, False), TransferFailed("the verification itself failed"))
+            raise
         effect = self._inbound.verified(grant_id, not bad)
         if self._jobs.get(grant_id) is not job:  # given up while it was being verified
             self._apply(grant_id, effect)
@@ -196,7 +200,9 @@ class Handover:
         for incarnation, writer in list(self._writers.items()):
             if writer.peer.is_closed and writer.is_dead:
                 del self._writers[incarnation]
-                for grant_id in [g for g, job in self._jobs.items() if job.grant and job.grant.prefill_incarnation == incarnation]:
+                for grant_id in [
+                    g for g, job in self._jobs.items() if job.grant and job.grant.prefill_incarnation == incarnation
+                ]:
                     self._forget(grant_id)
                 for grant_id, effect in self._inbound.writer_lost(incarnation):
                     self._end(grant_id, effect, TransferFailed("the prefill worker died before it sealed its KV"))
@@ -224,8 +230,9 @@ class Handover:
         if writer is not None:
             return refused[writer.transport]
         void = self._void[grant.prefill_incarnation]
+        if len(void) >= MAX_VOID_GRANTS:
+            return False  # too many to remember, so it might still use this one: quarantine
         void.append(grant.grant_id)
-        del void[:-MAX_VOID_GRANTS]
         return True
 
     def _apply(self, grant_id: str, effect: Effect) -> None:

@@ -21,9 +21,10 @@ import msgspec
 from decode.handover import Handover
 from decode.job import Job
 from decode.planner import Budget, plan
+from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
-from engine.prefix import attach_prefix, full_block_hashes, seal_full_blocks
+from engine.prefix import full_block_hashes
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
 from engine.stopping import finish_reason
@@ -54,17 +55,13 @@ from protocol.messages import (
 )
 from protocol.network import Clock, Network, Peer
 from protocol.request import Request
-from protocol.ticket import FirstToken, Grant
+from protocol.ticket import Grant
 
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
 _T = TypeVar("_T")
 Compute = Callable[[Callable[[], _T]], Awaitable[_T]]  # runs a function off the event loop, one at a time, in order
-
-
-# What a sealed sequence's first frame repeats: (index, tokens, their log-probabilities)
-Opening = tuple[int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,11 +97,7 @@ class DecodeWorker:
         self._clock = clock
         self._compute = compute
         self._jobs: dict[str, Job] = {}  # by request_id: one attempt at a time
-        self._copies: dict[int, tuple[int, int]] = {}  # id(sequence) -> (shared block, own block) to copy before its next step
-        self._running: list[Sequence] = []
-        self._preempted: list[Sequence] = []
-        self._job_of: dict[int, Job] = {}  # by id(sequence)
-        self._opening: dict[int, Opening] = {}  # id(sequence) -> what its first frame repeats
+        self._sequences = Sequences(pool, settings.layout)
         self._in_step = False
         self._after_step: list[Callable[[], None]] = []
         self._wake = asyncio.Event()
@@ -112,7 +105,16 @@ class DecodeWorker:
         self.last_token_at: float | None = None
         self._counts: dict[str, float] = defaultdict(float)
         self.handover = Handover(
-            settings.incarnation, settings.layout, pool, kv, receivers, network, clock, verify_compute, secret, self._fail_transfer
+            settings.incarnation,
+            settings.layout,
+            pool,
+            kv,
+            receivers,
+            network,
+            clock,
+            verify_compute,
+            secret,
+            self._fail_transfer,
         )
 
     # ---- messages --------------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ class DecodeWorker:
     @property
     def _headroom(self) -> int:
         """Blocks kept for the next token of those who run already; without it a newcomer would preempt somebody at once."""
-        return len(self._running) // 2
+        return len(self._sequences.running) // 2
 
     def _reserve_local(self, job: Job) -> Grant:
         """Blocks for the prompt now (R6); the prefill itself happens in this worker's own steps, in chunks."""
@@ -190,17 +192,7 @@ class DecodeWorker:
             Sequence(request, choice, output_token_ids=job.delivered[choice])
             for choice in range(1 if same else request.sampling.n)
         ]
-        taken: list[Sequence] = []
-        try:
-            for sequence in lead:
-                self._attach_blocks(sequence, self._headroom)
-                taken.append(sequence)
-        except OutOfBlocks:
-            for sequence in taken:
-                self._release_blocks(sequence)
-            raise
-        for sequence in lead:
-            self._adopt(job, sequence)
+        self._sequences.start(job, lead, self._headroom)
         job.cached_tokens = max(sequence.num_computed for sequence in lead)
         self._count_prefix(sum(len(s.token_ids) for s in lead), sum(s.num_computed for s in lead))
         return self.handover.local_grant(job)
@@ -231,45 +223,11 @@ class DecodeWorker:
     async def _seal(self, message: Seal) -> Ok:
         """Verify what prefill says it wrote, then let its sequences run. Unverified KV is never read (R4)."""
         job = await self.handover.verify(message.manifest)
-        self._open(job, message.manifest.num_written, message.manifest.first_tokens)
-        return Ok()
-
-    def _open(self, job: Job, num_written: int, first_tokens: tuple[FirstToken, ...]) -> None:
-        """Sealed KV becomes sequences: the prompt's full blocks are shared, its last partial block is copied per choice."""
-        block_size = self.settings.layout.block_size
-        num_tokens = job.request.prompt_len + len(job.delivered[0])
-        blocks, job.granted_blocks = job.granted_blocks, []
-        for block in blocks[len(blocks) - num_written :]:
-            self.pool.filling(block)
-        going_on = [first for first in first_tokens if first.finish_reason is None]
-        num_full = num_tokens // block_size
-        for place, first in enumerate(going_on):
-            delivered = job.delivered[first.choice]
-            sequence = Sequence(job.request, first.choice, output_token_ids=(*delivered, first.token))
-            sequence.num_computed = num_tokens
-            if place == 0:
-                sequence.blocks = list(blocks)
-            else:
-                self.pool.share(blocks[:num_full])
-                sequence.blocks = list(blocks[:num_full])
-                if num_full < len(blocks):
-                    self._copy_later(sequence, blocks[num_full], job.spare_blocks.pop())
-            if len(sequence.blocks) * block_size < len(sequence.token_ids):
-                sequence.blocks.append(job.spare_blocks.pop())
-            logprobs = (first.logprobs,) if first.logprobs is not None else None
-            self._opening[id(sequence)] = (len(delivered), (first.token,), logprobs)
-            job.sequences[first.choice] = sequence
-            self._job_of[id(sequence)] = job
-        if not going_on:
-            self.pool.release(blocks)
-        self.pool.release(job.spare_blocks)
-        job.spare_blocks = []
-        for sequence in job.sequences.values():
-            seal_full_blocks(self.pool, sequence, self.settings.layout)
-        self._running += job.sequences.values()
+        self._sequences.open(job, message.manifest.num_written, message.manifest.first_tokens)
         if not job.sequences:
             del self._jobs[job.request.request_id]
         self._wake.set()
+        return Ok()
 
     # ---- giving up -------------------------------------------------------------------------------------------------
 
@@ -321,7 +279,7 @@ class DecodeWorker:
 
     async def run(self) -> None:
         while True:
-            if not self._running and not self._preempted:
+            if not self._sequences:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -335,20 +293,20 @@ class DecodeWorker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), 0.05)
             return
+        copies = self._sequences.take_copies(chunks)
         self._in_step = True
         started = time.perf_counter()
         try:
-            copies = self._take_copies(chunks)
             result = await self._compute(lambda: self._run(copies, chunks))
-            self.pool.release([shared for shared, _ in copies])
         except Exception as error:  # R11: the batch fails, the loop goes on
             log.exception("a decode step failed")
             result = None
             failure = InternalError(f"a decode step failed ({type(error).__name__}); the worker's log has the details")
-            for job in {id(j): j for j in (self._job_of.get(id(c.sequence)) for c in chunks) if j is not None}.values():
+            for job in {id(j): j for j in (self._sequences.job_of(c.sequence) for c in chunks) if j is not None}.values():
                 self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
         finally:
             self._in_step = False
+            self._sequences.copied(copies)
         self._counts["num_steps"] += 1
         self._counts["step_s"] += time.perf_counter() - started
         if result is not None:
@@ -363,48 +321,25 @@ class DecodeWorker:
             self.runner.copy_block(shared, own)
         return self.runner.run(chunks)
 
-    def _take_copies(self, chunks: list[Chunk]) -> list[tuple[int, int]]:
-        due = [self._copies.pop(id(chunk.sequence), None) for chunk in chunks]
-        return [copy for copy in due if copy is not None]
-
-    def _copy_later(self, sequence: Sequence, shared: int, own: int) -> None:
-        """Copy on write: the sequence's last block is a copy of `shared`, made before its next step."""
-        self.pool.share([shared])
-        sequence.blocks.append(own)
-        self._copies[id(sequence)] = (shared, own)
-
     def _plan(self) -> list[Chunk]:
         budget = Budget(self.settings.max_num_seqs, self.settings.max_num_batched_tokens, self.settings.enable_chunked_prefill)
         block_size = self.settings.layout.block_size
-        decided = plan(self._running, self._preempted, self.pool.num_free, block_size, budget)
+        mine = self._sequences
+        decided = plan(mine.running, mine.preempted, self.pool.num_free, block_size, budget)
         for sequence in decided.preempt:
-            self._preempt(sequence)
-        left_out: set[int] = set()
-        for sequence in decided.grow:
-            try:
-                sequence.blocks += self.pool.allocate(1, after=sequence.blocks[-1])
-            except OutOfBlocks:  # a victim's blocks were shared, so less came free than the plan counted on
-                self._preempt(sequence)
-                left_out.add(id(sequence))
-        for sequence in decided.restart:
-            try:
-                self._attach_blocks(sequence, 0)
-            except OutOfBlocks:
-                left_out.add(id(sequence))
-                continue
-            self._preempted.remove(sequence)
-            self._running.append(sequence)
+            mine.preempt(sequence)
+        left_out = {id(sequence) for sequence in decided.grow if not mine.grow(sequence)}
+        left_out |= {id(sequence) for sequence in decided.restart if not mine.restart(sequence)}
+        self._counts["num_preemptions"] += len(decided.preempt)
         return [self._chunk(s, min(n, s.num_uncomputed)) for s, n in decided.chunks if id(s) not in left_out]
 
     def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         if num_tokens < sequence.num_uncomputed:
             return Chunk(sequence, num_tokens, ())
-        job = self._job_of[id(sequence)]
-        missing = (
-            [c for c in range(job.request.sampling.n) if c not in job.sequences]
-            if self._is_shared_prompt(job, sequence)
-            else []
-        )
+        job = self._sequences.job_of(sequence)
+        assert job is not None
+        shares = self._is_shared_prompt(job, sequence)
+        missing = [c for c in range(job.request.sampling.n) if c not in job.sequences] if shares else []
         return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(choice) for choice in missing)))
 
     def _is_shared_prompt(self, job: Job, sequence: Sequence) -> bool:
@@ -423,19 +358,17 @@ class DecodeWorker:
         samples = {id(sample.sequence): sample for sample in result.samples}
         for chunk in chunks:
             lead = chunk.sequence
-            job = self._job_of.get(id(lead))
+            job = self._sequences.job_of(lead)
             if job is None or job.is_dropped:
                 continue
             lead.num_computed += chunk.num_tokens
             self._counts["prompt_tokens" if chunk.num_tokens > 1 else "decode_rows"] += chunk.num_tokens
-            seal_full_blocks(self.pool, lead, self.settings.layout)
+            self._sequences.seal(lead)
             if len(chunk.samples) > 1:
-                self._part_ways(job, chunk)
+                self._sequences.part_ways(job, chunk)
             if lead.choice == 0:
                 job.scored += result.prompt_logprobs.get(lead.request.request_id, ())
             for sequence in chunk.samples:
-                if id(sequence) not in self._job_of:
-                    continue
                 sample = samples[id(sequence)]
                 if sample.error is not None:
                     self._after_step.append(lambda job=job, e=sample.error: self._fail(job, "decode", InternalError(e)))
@@ -447,7 +380,7 @@ class DecodeWorker:
             peer.send(TokenFrame(tuple(updates)))
 
     def _advance(self, job: Job, sequence: Sequence, sample: Sample) -> TokenUpdate:
-        index, tokens, logprobs = self._opening.pop(id(sequence), (sequence.output_len, (), None))
+        index, tokens, logprobs = self._sequences.take_opening(sequence)
         sequence.append(sample.token)
         self._counts["generation_tokens"] += 1
         finished = finish_reason(sequence, self.settings.max_model_len)
@@ -475,64 +408,14 @@ class DecodeWorker:
         scored, job.scored = tuple(job.scored), []
         return scored
 
-    def _part_ways(self, job: Job, chunk: Chunk) -> None:
-        """After a shared prompt: siblings share its full blocks and copy its last, partial one on their first write."""
-        lead, block_size = chunk.sequence, self.settings.layout.block_size
-        num_full = lead.num_computed // block_size
-        for sibling in chunk.samples[1:]:
-            sibling.num_computed = lead.num_computed
-            shared = lead.blocks[:num_full]
-            tail = lead.blocks[num_full : self.settings.layout.num_blocks_for(lead.num_computed)]
-            try:
-                copies = self.pool.allocate(len(tail))
-            except OutOfBlocks:  # recompute it when there is room; its first token stands all the same
-                sibling.num_computed, sibling.blocks = 0, []
-                self._adopt(job, sibling, self._preempted)
-                continue
-            self.pool.share(shared)
-            sibling.blocks = list(shared)
-            for src, dst in zip(tail, copies, strict=True):
-                self._copy_later(sibling, src, dst)
-            self._adopt(job, sibling)
-
-    # ---- blocks ----------------------------------------------------------------------------------------------------
-
-    def _adopt(self, job: Job, sequence: Sequence, into: list[Sequence] | None = None) -> None:
-        job.sequences[sequence.choice] = sequence
-        self._job_of[id(sequence)] = job
-        (self._running if into is None else into).append(sequence)
-
-    def _attach_blocks(self, sequence: Sequence, headroom: int) -> None:
-        """All the blocks that the sequence's present tokens need: cached ones first. Raises OutOfBlocks, changes nothing then."""
-        attach_prefix(self.pool, sequence, self.settings.layout, headroom)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self._counts["num_preemptions"] += 1
-        self._running.remove(sequence)
-        self._release_blocks(sequence)
-        sequence.num_computed = 0
-        self._preempted.append(sequence)
-
-    def _release_blocks(self, sequence: Sequence) -> None:
-        pending = self._copies.pop(id(sequence), None)
-        if pending is not None:
-            self.pool.release([pending[0]])
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
+    # ---- the end of things ------------------------------------------------------------------------------------------
 
     def _retire(self, sequence: Sequence) -> None:
         """The sequence is over, however it ended; idempotent."""
-        job = self._job_of.pop(id(sequence), None)
-        if job is None:
+        job = self._sequences.retire(sequence)
+        if job is None or job.sequences or job.grant is not None:
             return
-        for holder in (self._running, self._preempted):
-            if sequence in holder:
-                holder.remove(sequence)
-        self._opening.pop(id(sequence), None)
-        self._release_blocks(sequence)
-        if job.sequences.get(sequence.choice) is sequence:
-            del job.sequences[sequence.choice]
-        if not job.sequences and job.grant is None and self._jobs.get(job.request.request_id) is job:
+        if self._jobs.get(job.request.request_id) is job:
             del self._jobs[job.request.request_id]
 
     def _count_prefix(self, queries: int, hits: int) -> None:
@@ -552,8 +435,8 @@ class DecodeWorker:
         c = self._counts
         age = -1.0 if self.last_token_at is None else self._clock() - self.last_token_at
         return WorkerStats(
-            num_running=len(self._running),
-            num_waiting=len(self._preempted) + self.handover.num_open,
+            num_running=len(self._sequences.running),
+            num_waiting=len(self._sequences.preempted) + self.handover.num_open,
             num_free_blocks=self.pool.num_free,
             num_used_blocks=self.pool.num_used,
             num_cached_blocks=self.pool.num_cached,
@@ -576,5 +459,5 @@ class DecodeWorker:
         """When idle: every block is free or cached, nothing is reserved or quarantined, no state is left."""
         self.pool.check_integrity()
         if self.is_idle:
-            assert not self._running and not self._preempted and not self._job_of and not self._copies and not self._opening
+            self._sequences.check_is_empty()
             assert self.pool.num_used == self.handover.num_quarantined_blocks

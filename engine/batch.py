@@ -51,7 +51,9 @@ def is_scored(sequence: Sequence) -> bool:
 def build_batch(chunks: SequenceOf[Chunk], layout: KVLayout, device: torch.device) -> Batch:
     """Tensors for one forward pass."""
     ordered = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)
-    spans, token_ids, logit_rows = [], [], []
+    spans: list[Span] = []
+    token_ids: list[int] = []
+    logit_rows: list[int] = []
     samples: list[tuple[Sequence, int]] = []
     scored: list[tuple[Sequence, int, int]] = []
     starts: list[int] = []
@@ -89,15 +91,14 @@ def _slots(spans: list[Span], positions: np.ndarray, layout: KVLayout) -> np.nda
     block_size = layout.block_size
     blocks = np.concatenate(
         [
-            np.asarray(span.blocks, dtype=np.int64)[
-                np.arange(span.context_len, span.context_len + span.length) // block_size
-            ]
+            np.asarray(span.blocks, dtype=np.int64)[np.arange(span.context_len, span.context_len + span.length) // block_size]
             for span in spans
         ]
     )
     lanes = np.arange(2 * layout.num_kv_heads).reshape(2, layout.num_kv_heads) * block_size
-    first = blocks * (2 * layout.num_kv_heads * block_size) + positions % block_size
-    return first[:, None, None] + lanes
+    first: np.ndarray = blocks * (2 * layout.num_kv_heads * block_size) + positions % block_size
+    slots: np.ndarray = first[:, None, None] + lanes
+    return slots
 
 
 def _device_tables(singles: list[Span], device: torch.device) -> tuple[Tensor | None, Tensor | None]:

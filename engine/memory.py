@@ -16,7 +16,7 @@ def num_blocks_on_cpu(layout: KVLayout, kv_cache_bytes: int, max_model_len: int)
 
 
 def num_blocks_on_gpu(layout: KVLayout, utilization: float, max_model_len: int, device: torch.device) -> int:
-    """What is left of utilization * total memory after the weights and whatever else is there. Call once the model is loaded."""
+    """What utilization * total memory leaves besides the weights and whatever else is there. Call once the model is loaded."""
     free, total = torch.cuda.mem_get_info(device)
     budget = int(total * utilization) - (total - free)
     return _at_least_one_sequence(

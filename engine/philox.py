@@ -35,4 +35,5 @@ def uniforms(seeds: list[int], choices: list[int], positions: list[int], stream:
     counter[:, 0], counter[:, 1], counter[:, 2], counter[:, 3] = positions, choices, stream, 0
     words = philox4x32(counter, key)
     bits = (words[:, 0] << _32 | words[:, 1]) >> np.uint64(11)
-    return bits.astype(np.float64) * 2.0**-53
+    result: np.ndarray = bits.astype(np.float64) * 2.0**-53
+    return result

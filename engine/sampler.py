@@ -100,7 +100,7 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
     request, sampling = sequence.request, sequence.request.sampling
     device = row.device
     if sequence.output_len < sampling.min_tokens:
-        stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else request.eos_token_ids)}
+        stops = {*(sampling.stop_token_ids or ()), *(() if sampling.ignore_eos else request.eos_token_ids)}
         row[torch.tensor([token for token in stops if token < len(row)], dtype=torch.int64, device=device)] = -torch.inf
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), device=device)
@@ -127,7 +127,7 @@ def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
     params = [sequence.request.sampling for sequence in sequences]
     device = logits.device
 
-    def column(values: list[float]) -> Tensor:
+    def column(values: SequenceOf[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
     # Subtracting the maximum first keeps a tiny temperature from making infinities.

@@ -1,4 +1,4 @@
-"""What one step did, in numbers. Lower floors return these; cluster/ publishes them and scheduler/ fits its cost model to them."""
+"""What one step did, in numbers. cluster/ publishes them, and scheduler/ fits its cost model to them."""
 
 from __future__ import annotations
 

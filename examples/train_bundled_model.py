@@ -200,7 +200,7 @@ def train_tokenizer(work_dir: Path) -> None:
 
 
 def cut(text: str, rng: random.Random) -> list[str]:
-    """Cut a text where people end their prompts: after a space, mostly, or within a word.
+    """Cut a text where people end their prompts: after a space or a line, mostly, or within a word.
 
     The pieces are encoded one by one. A model that has only seen whole documents is lost after a prompt such as
     ``def `` whose last token is a lone space: in a document, that space belongs to the next word's token.
@@ -209,7 +209,7 @@ def cut(text: str, rng: random.Random) -> list[str]:
     while start < len(text):
         at = start + rng.randint(20, 400)
         if rng.random() < 0.7:
-            while at < len(text) and not (text[at - 1] in " \n" and text[at] not in " \n"):
+            while at < len(text) and text[at - 1] != "\n" and not (text[at - 1] == " " != text[at]):
                 at += 1
         pieces.append(text[start:at])
         start = at
@@ -294,7 +294,7 @@ def train(
             part.load_state_dict(state)
         progress = Progress(**saved["progress"])
         log(f"{name}: going on after {progress.seconds / 60:.1f} minutes")
-    heldout = load_tokens(args.work_dir, "heldout")[: 24 * 1024]
+    heldout = load_tokens(args.work_dir, "heldout")[: 6 * 1024]  # a glance, not the measurement
     forward = torch.compile(model, dynamic=False) if args.compile else model
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bfloat16")
     budget = minutes * 60
@@ -519,7 +519,7 @@ def complete(
 def ask(model: LlamaForCausalLM, tokenizer: tokenizers.Tokenizer, questions: list[str]) -> list[str]:
     """The greedy answer to each question, asked without a system prompt."""
     prompts = [render_chat([{"role": "user", "content": question}], add_generation_prompt=True) for question in questions]
-    return complete(model, tokenizer, prompts, max_tokens=120)
+    return complete(model, tokenizer, prompts, max_tokens=90)
 
 
 def shipped_weights(checkpoint: Path) -> LlamaForCausalLM:
@@ -565,7 +565,7 @@ def evaluate(args: argparse.Namespace) -> None:
                 if answer != topic["answer"]:
                     log(f"  {kind}: {topic['topic']}: {question!r} -> {answer!r}")
             results[f"{kind}_asked"], results[f"{kind}_answered"] = len(pairs), hits
-    for prompt in ("def ", "import os\n\n\ndef read_", "class Stack:\n"):
+    for prompt in ("def ", "import os\n\n\ndef read_", "class Stack:"):
         for temperature in (0.0, 0.7):
             (text,) = complete(model, tokenizer, [prompt], 100, temperature)
             log(f"--- temperature {temperature}: {prompt}{text}")

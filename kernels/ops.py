@@ -94,9 +94,9 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
     Checkpoints keep the two of a pair half a head apart; models/llama.py moves them together once, when it loads.
     """
     if x.dtype is torch.float32:
-        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn)
+        torch.view_as_complex(torch.unflatten(x, -1, (-1, 2))).mul_(turn)
         return x
-    wide = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))).mul_(turn)
+    wide = torch.view_as_complex(torch.unflatten(x.float(), -1, (-1, 2))).mul_(turn)
     return x.copy_(torch.view_as_real(wide).flatten(-2))
 
 
@@ -119,7 +119,7 @@ def attention(
     num_tokens, num_heads, head_dim = q.shape
     out = q.new_empty(num_tokens, num_heads, head_dim)
     if plan.num_single:
-        if plan.block_tables is not None and window is None:
+        if plan.block_tables is not None and plan.seq_lens is not None and window is None:
             from kernels.paged_decode import paged_decode_attention
 
             singles = q[: plan.num_single]
@@ -134,7 +134,9 @@ def attention(
     return out.view(num_tokens, num_heads * head_dim)
 
 
-def _partial(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _partial(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(output, logsumexp of the scores); q, k, v [batch, heads, tokens, head_dim], head_dim contiguous."""
     if q.device.type == "cpu":
         return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)  # type: ignore[no-any-return]
@@ -171,7 +173,9 @@ def _gather(kv_layer: Tensor, blocks: Sequence[int], start: int, end: int) -> Te
     return together[:, :, start - first * block_size : end - first * block_size]
 
 
-def _attend_context(q: Tensor, kv_layer: Tensor, blocks: Sequence[int], start: int, end: int, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_context(
+    q: Tensor, kv_layer: Tensor, blocks: Sequence[int], start: int, end: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """q [num_kv_heads, queries, head_dim], every query sees tokens [start, end), in pieces of bounded size."""
     result: tuple[Tensor, Tensor] | None = None
     for begin in range(start, end, PIECE_LEN):
@@ -188,7 +192,7 @@ def _attend_singles(out: Tensor, q: Tensor, kv_layer: Tensor, plan: AttentionPla
     for row, span in enumerate(plan.spans[: plan.num_single]):
         end = span.context_len + 1
         start = 0 if window is None else max(0, end - window)
-        heads = q[row].unflatten(0, (num_kv_heads, -1))
+        heads = torch.unflatten(q[row], 0, (num_kv_heads, -1))
         out[row] = _attend_context(heads, kv_layer, span.blocks, start, end, scale)[0].flatten(0, 1)
 
 
@@ -196,7 +200,7 @@ def _attend_span(out: Tensor, q: Tensor, rows: Tensor, kv_layer: Tensor, span: S
     """A chunk: causal among its own rows, plus the whole context before it, joined by their logsumexps."""
     num_kv_heads, head_dim = rows.shape[2:]
     own = slice(span.start, span.start + span.length)
-    queries = q[own].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [num_kv_heads, group, length, head_dim]
+    queries = torch.unflatten(q[own], 1, (num_kv_heads, -1)).permute(1, 2, 0, 3)  # [num_kv_heads, group, length, head_dim]
     group = queries.shape[1]
     k, v = rows[own].permute(1, 2, 0, 3).unsqueeze(2).expand(-1, -1, group, -1, -1)  # no copy: the group has stride 0
     result = _partial(queries, k, v, scale, causal=True)
@@ -220,7 +224,7 @@ def _attend_windowed(out: Tensor, q: Tensor, kv_layer: Tensor, span: Span, scale
         mask = torch.zeros(count, end - start, device=q.device, dtype=q.dtype)
         mask.masked_fill_((key_at > query_at) | (key_at <= query_at - window), -math.inf)
         own = slice(span.start + first, span.start + first + count)
-        queries = q[own].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+        queries = torch.unflatten(q[own], 1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
         k, v = (x.unsqueeze(1).expand(-1, queries.shape[1], -1, -1) for x in (k, v))
         result, _ = _partial(queries, k, v, scale, mask=mask)
         out[own] = result.permute(2, 0, 1, 3).flatten(1, 2)

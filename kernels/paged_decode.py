@@ -17,9 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-SPLIT_LEN = (
-    512  # tokens of context per program when num_splits is not given: a constant, so that no batch changes the order
-)
+SPLIT_LEN = 512  # tokens per program when num_splits is not given: a constant, so that no batch changes the order
 TILE_LEN = 32  # tokens per step of the walk; any block_size, a tile may span several blocks
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is the hardware's own
 

@@ -1,4 +1,4 @@
-"""Every operation of ops.py again: slow, obvious, in plain torch. The twins that tests compare with; nothing else calls them."""
+"""Every operation of ops.py again: slow, obvious, in plain torch. Twins that tests compare with; nothing else calls them."""
 
 from __future__ import annotations
 

@@ -71,9 +71,9 @@ class FaultyLane:
             self._inner.store(transfer, layer, pieces)
             return
         self.applied += 1
+        copies = [(index, data.copy()) for index, data in pieces]  # hashes them, also those that are dropped
         if fault is Fault.DROP:
             return
-        copies = [(index, data.copy()) for index, data in pieces]
         if fault is Fault.FLIP:
             data = self._rng.choice(copies)[1].reshape(-1)
             data[self._rng.randrange(data.size)] ^= 1 << self._rng.randrange(8)

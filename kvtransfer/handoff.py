@@ -262,9 +262,7 @@ class Inbound:
         return Effect.QUARANTINE
 
     def expired(self, now: float) -> list[str]:
-        """Grants whose lease is over and that no manifest has reached. Each is to be forgotten and cancelled; see the
-        class.
-        """
+        """Grants whose lease is over and that no manifest has reached. Each is to be forgotten and cancelled; see the class."""
         self._tick(now)
         return [
             held.grant.grant_id for held in self._held.values() if held.phase is InboundPhase.RESERVED and now >= held.expires
@@ -468,14 +466,6 @@ class Outbound:
 
     def next_expiry(self) -> float | None:
         return min((held.expires for held in self._held.values() if held.phase is not OutboundPhase.ABORTING), default=None)
-
-    def decode_lost(self, decode_incarnation: str) -> list[str]:
-        """Grants of a decode worker that is gone; fail each of them."""
-        return [
-            held.grant.grant_id
-            for held in self._held.values()
-            if held.grant.decode_incarnation == decode_incarnation and held.phase is not OutboundPhase.ABORTING
-        ]
 
     def _live(self, grant_id: str) -> _Held[OutboundPhase]:
         held = self._held.get(grant_id)

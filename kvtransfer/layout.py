@@ -126,7 +126,6 @@ def peers_of(source: Parallel, target: Parallel, tp_rank: int, pp_rank: int) -> 
     if source != target:
         raise Unsupported(
             f"KV cannot be re-split yet: prefill has {source.tp_size} x {source.pp_size} (tp x pp) ranks, decode has "
-            f"{target.tp_size} x {target.pp_size}; give both the same sizes",
-            param="prefill.tp_size",
+            f"{target.tp_size} x {target.pp_size}; give both the same sizes"
         )
     return [(tp_rank, pp_rank)]

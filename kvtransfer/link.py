@@ -1,14 +1,13 @@
-"""How two workers agree on a transport: the hand-shake's answers, and the making of senders and receivers. Called by
-prefill/ and decode/.
+"""How two workers agree on a transport, and the making of senders and receivers. Called by decode/handover.py and by cluster/.
 
-    prefill  Handshake(layout, transports in order of preference, boot_id, pid, start_ticks) ─>
-    decode   answer(handshake, ...)    <─ HandshakeAccepted(endpoint), or HandshakeRefused with both values
-    prefill  make_sender(endpoint, ...)
+prefill  Handshake(layout, transports in order of preference, boot_id, pid, start_ticks) ─>
+decode   choose(...)               <─ HandshakeAccepted(endpoint), or HandshakeRefused with both values
+prefill  make_sender(endpoint, ...)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from kvtransfer.memory import DirectSender, MemoryLane, MemoryReceiver
 from kvtransfer.outbox import Outbox
@@ -20,22 +19,10 @@ from kvtransfer.tcp import TcpReceiver
 from kvtransfer.tcp_lane import TcpLane
 from kvtransfer.transport import Receiver, Sender
 from protocol.errors import ConfigError, HandshakeRefused
-from protocol.kv import KVEndpoint, KVLayout, MemoryEndpoint, ShmEndpoint
-from protocol.messages import Handshake, HandshakeAccepted
+from protocol.kv import KVEndpoint, MemoryEndpoint, ShmEndpoint
+from protocol.messages import Handshake
 
 TRANSPORTS = ("shm", "tcp", "memory")
-AUTO = ("shm", "tcp")
-
-
-def transports_of(setting: str) -> tuple[str, ...]:
-    """What `--kv-transport` means: "auto" is shm where it works, else tcp. Raises ConfigError."""
-    if setting == "auto":
-        return AUTO
-    if setting not in TRANSPORTS:
-        raise ConfigError(
-            f"transfer.transport {setting!r}: choose auto, shm or tcp (--kv-transport)", param="transfer.transport"
-        )
-    return (setting,)
 
 
 def choose(offered: Sequence[str], accepted: Sequence[str], same_host: bool, same_process: bool = False) -> str:
@@ -54,12 +41,6 @@ def choose(offered: Sequence[str], accepted: Sequence[str], same_host: bool, sam
     )
 
 
-def check_layout(ours: KVLayout, theirs: KVLayout) -> None:
-    """Raises HandshakeRefused with both values of each field that differs."""
-    if difference := ours.difference(theirs):
-        raise HandshakeRefused(f"KV layouts differ: {difference}; both workers need the same model, dtype and --block-size")
-
-
 def is_same_host(handshake: Handshake) -> bool:
     """Is the peer's process visible from here, so that memory can be mapped and its death observed?"""
     watched = observe(handshake.boot_id, handshake.pid, handshake.start_ticks)
@@ -67,15 +48,6 @@ def is_same_host(handshake: Handshake) -> bool:
         return False
     watched.close()
     return True
-
-
-def answer(
-    handshake: Handshake, layout: KVLayout, receivers: Mapping[str, Receiver], incarnation: str, *, same_process: bool = False
-) -> HandshakeAccepted:
-    """Decode's answer. Raises HandshakeRefused with both values of what differs."""
-    check_layout(layout, handshake.layout)
-    name = choose(handshake.transports, tuple(receivers), is_same_host(handshake), same_process)
-    return HandshakeAccepted(incarnation, layout, receivers[name].endpoint())
 
 
 def make_receivers(

@@ -101,7 +101,7 @@ class Outbox:
         transfer.fail(
             TransferFailed(
                 f"{self._max_queued} pushes were waiting for {self._lane.endpoint} for {self._push_timeout_s:g} s: "
-                "the link or the peer is too slow (transfer.push_timeout_s)"
+                "the link or the peer is too slow"
             )
         )
         return False
@@ -118,7 +118,7 @@ class Outbox:
         try:
             digests = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
         except TimeoutError:
-            error = DeadlineExceeded(f"KV of grant {grant_id} had not landed after {timeout:g} s (transfer.finish_timeout_s)")
+            error = DeadlineExceeded(f"KV of grant {grant_id} had not landed after {timeout:g} s (transfer.timeout_s)")
             transfer.fail(error)
             raise error from None
         with self._changed:

@@ -77,7 +77,7 @@ class TcpReceiver:
             raise ConfigError("the tcp KV transport needs the cluster secret; it has no unauthenticated mode")
         if host in ("", "0.0.0.0", "::") and not advertise_host:
             raise ConfigError(
-                f"transfer.host {host!r} binds every interface; say which one peers shall use", param="transfer.host"
+                f"transfer.bind_host {host!r} binds every interface; say which one peers shall use", param="transfer.bind_host"
             )
         self.pool = pool
         self.secret = secret
@@ -88,7 +88,7 @@ class TcpReceiver:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._listener = socket.create_server((host, port), family=family, backlog=128)
         except OSError as error:
-            raise ConfigError(f"cannot listen for KV on {host}:{port}: {error.strerror}", param="transfer.host") from error
+            raise ConfigError(f"cannot listen for KV on {host}:{port}: {error.strerror}", param="transfer.bind_host") from error
         self._endpoint = TcpEndpoint(advertise_host or host, self._listener.getsockname()[1])
         self._live: dict[bytes, _Inflow] = {}
         self._connections: set[_Connection] = set()

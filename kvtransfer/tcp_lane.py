@@ -242,7 +242,7 @@ class _Link:
     def _check_deadlines(self) -> None:
         now = time.monotonic()
         if any(until < now for _, until in list(self._fences.values())):
-            raise FrameError(f"a fence was not answered for {self._answer_timeout_s:g} s (transfer.answer_timeout_s)")
+            raise FrameError(f"a fence was not answered for {self._answer_timeout_s:g} s")
 
 
 def _why(reason: int) -> str:

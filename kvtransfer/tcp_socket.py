@@ -86,7 +86,7 @@ class DeadlineSocket:
                 count = self._sock.sendmsg(views[first : first + MAX_VIEWS])
             except (BlockingIOError, InterruptedError):
                 if not self.wait(select.POLLOUT, deadline - time.monotonic()):
-                    raise Stalled(f"the peer took nothing for {self._stall_s:g} s (transfer.stall_timeout_s)") from None
+                    raise Stalled(f"the peer took nothing for {self._stall_s:g} s") from None
                 continue
             deadline = time.monotonic() + self._stall_s
             first = advance(views, first, count)

@@ -1,4 +1,4 @@
-"""What a model is to the runner, and what a batch is to a model: two Protocols, so that engine/ and models/ stay on their floors."""
+"""What a model is to the runner, and what a batch is to a model: two Protocols, so that models/ needs nothing of engine/."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Llama:
 
         def pairs(tensor: Tensor) -> Tensor:
             """Rows i and i + head_dim / 2 of each head become rows 2i and 2i + 1."""
-            heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
+            heads = torch.unflatten(tensor, 0, (-1, 2, config.head_dim // 2))
             return heads.transpose(1, 2).flatten(0, 2)
 
         for index, layer in enumerate(self.layers):
@@ -75,7 +75,7 @@ class Llama:
             slots[at + "post_attention_layernorm.weight"] = Slot(layer.mlp_norm)
             for kind, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
                 if fused is not None:
-                    q, k, v = fused.split(sizes)
+                    q, k, v = torch.split(fused, sizes)
                     slots[f"{at}self_attn.q_proj.{kind}"] = Slot(q, pairs)
                     slots[f"{at}self_attn.k_proj.{kind}"] = Slot(k, pairs)
                     slots[f"{at}self_attn.v_proj.{kind}"] = Slot(v)
@@ -116,7 +116,7 @@ class Llama:
             qkv = ops.linear(ops.rms_norm(hidden, layer.attention_norm, eps), layer.qkv, layer.qkv_bias)
             qk = qkv[:, :qk_width].view(num_tokens, num_qk_heads, config.head_dim)
             if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = qk.split([config.num_heads, config.num_kv_heads], dim=1)
+                q, k = torch.split(qk, [config.num_heads, config.num_kv_heads], dim=1)
                 q.copy_(ops.rms_norm(q, layer.q_norm, eps))
                 k.copy_(ops.rms_norm(k, layer.k_norm, eps))
             ops.rotate(qk, turn)

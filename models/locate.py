@@ -35,7 +35,7 @@ def locate(name: str, revision: str | None = None) -> Path:
         raise ModelError(f"{path} is a file; a model is a directory with config.json, tokenizer.json and *.safetensors")
     if path.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise ModelError(
-            f"{name!r} is no directory, and no hub id like Qwen/Qwen3-0.6B either; without a model name the bundled model is served"
+            f"{name!r} is no directory, and no hub id like Qwen/Qwen3-0.6B either; without a name the bundled model is served"
         )
     return _whole(_from_hub(name, revision))
 
@@ -53,14 +53,11 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import constants, errors
 
     advice = (
-        f"check the network, HF_ENDPOINT (now {constants.ENDPOINT}) and HF_TOKEN, or download it elsewhere and give its directory"
+        f"check the network, HF_ENDPOINT (now {constants.ENDPOINT}) and HF_TOKEN, or download it elsewhere and give "
+        "its directory"
     )
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except errors.GatedRepoError as error:
         raise ModelError(
             f"{name} is gated: accept its licence at {constants.ENDPOINT}/{name} and set HF_TOKEN to a token of that account"

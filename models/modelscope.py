@@ -40,7 +40,7 @@ def download(model_id: str, revision: str | None = None) -> Path:
         listing = _json(f"{base}/files?{urllib.parse.urlencode({'Revision': revision, 'Recursive': 'true'})}")
         files = [entry for entry in (listing.get("Data") or {}).get("Files") or [] if _is_wanted(entry)]
         if not files:
-            raise ModelError(f"modelscope:{model_id} at {endpoint} lists no safetensors or json files: {listing.get('Message')}")
+            raise ModelError(f"modelscope:{model_id} at {endpoint} lists no safetensors: {listing.get('Message')}")
         for entry in files:
             query = urllib.parse.urlencode({"Revision": revision, "FilePath": entry["Path"]})
             _fetch(f"{base}?{query}", folder / entry["Path"], entry.get("Sha256") or "")
@@ -76,10 +76,12 @@ def _fetch(url: str, target: Path, sha256: str) -> None:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            with open(part, "ab" if answer.status == 206 else "wb") as file:
-                while piece := answer.read(PIECE_NBYTES):
-                    file.write(piece)
+        with (
+            urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer,
+            open(part, "ab" if answer.status == 206 else "wb") as file,
+        ):
+            while piece := answer.read(PIECE_NBYTES):
+                file.write(piece)
     except urllib.error.HTTPError as error:
         if error.code != 416:  # 416: the part is whole already
             raise

@@ -26,7 +26,8 @@ ROOT = 0x9E3779B97F4A7C15
 SAYABLE = np.array([*range(32, 127), *range(260, VOCAB_SIZE)], dtype=np.int64)
 TOP_LOGIT, NOISE_LOGIT = 6.0, 4.0
 
-_ODD = np.array([1] + [((0xD1342543DE82EF95 * (2 * i + 1)) & 0xFFFFFFFFFFFFFFFF) | 1 for i in range(1, NUM_CELLS)], dtype=np.uint64)
+# Multiplication by an odd number is a bijection of 64 bits; the first cell is multiplied by 1.
+_ODD = np.array([1, *(0xD1342543DE82EF95 * (2 * i + 1) % 2**64 for i in range(1, NUM_CELLS))], dtype=np.uint64)
 
 
 def toy_hash() -> str:
@@ -44,7 +45,7 @@ def _chain(parent: int, token_ids: Sequence[int]) -> np.ndarray:
 
 
 def _kv_bytes(links: np.ndarray) -> np.ndarray:
-    """uint8 [layers, 2, kv_heads, tokens, head_dim]; the first cell of a token is its link, each other one a bijection of it."""
+    """uint8 [layers, 2, kv_heads, tokens, head_dim]; a token's first cell is its link, each other one a bijection of it."""
     cells = links[None, :] * _ODD[:, None]
     return cells.astype("<u8").view(np.uint8).reshape(NUM_LAYERS, 2, NUM_KV_HEADS, len(links), HEAD_DIM)
 
@@ -59,7 +60,7 @@ def toy_next_token(token_ids: Sequence[int]) -> int:
 
 
 class ToyModel:
-    """models.interface.Model on the CPU. Its KV pool is uint8; hidden states are int64 [num_tokens, 1], the hash of what was read."""
+    """models.interface.Model on the CPU. Its KV pool is uint8; hidden states are int64 [num_tokens, 1], hashes."""
 
     def __init__(self, config: ModelConfig) -> None:
         expected = (NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM, VOCAB_SIZE)
@@ -96,9 +97,8 @@ class ToyModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """The hashed token on top; the others get deterministic noise below it."""
         summaries = hidden.numpy().view(np.uint64)  # [rows, 1]
-        mixed = (summaries + np.arange(VOCAB_SIZE, dtype=np.uint64)) * np.uint64(0x9FB21C651E98DF25)
-        mixed ^= mixed >> np.uint64(32)
-        mixed *= np.uint64(0xD6E8FEB86659FD93)
+        mixed: np.ndarray = (summaries + np.arange(VOCAB_SIZE, dtype=np.uint64)) * np.uint64(0x9FB21C651E98DF25)
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
         logits = (mixed >> np.uint64(40)).astype(np.float32) * np.float32(NOISE_LOGIT / 2**24)
         logits[np.arange(len(summaries)), [_token(int(summary)) for summary in summaries[:, 0]]] = TOP_LOGIT
         return torch.from_numpy(logits)

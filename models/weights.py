@@ -157,7 +157,7 @@ def fill(
     progress: Callable[[LoadProgress], None] | None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[bytes, LoadProgress]:
-    """Copy every tensor named in slots out of the files. Returns (xxh3-128 over names and bytes of all of them, the last progress).
+    """Copy every tensor named in slots out of the files. Returns (xxh3-128 over their names and bytes, the last progress).
 
     Tensors that no slot names are left alone. Raises ModelError.
     """
@@ -185,7 +185,7 @@ def fill(
             )
         source = file.tensor(name)
         slot.target.copy_(source if slot.arrange is None else slot.arrange(source))
-        digests[name] = xxhash.xxh3_128_digest(file.raw(name).numpy())
+        digests[name] = xxhash.xxh3_128_digest(file.raw(name).numpy().data)
         del source
         file.give_back(name)
         state = LoadProgress(state.bytes_done + file.tensor_nbytes(name), total, clock() - started)

@@ -5,18 +5,19 @@
     transfer  a + b * bytes
 
 One `CostModel` per (model, device, role): a prefill and a decode worker on one machine have different numbers of threads.
-Recursive least squares on relative residuals, so that priors and noise need no units; wide priors, coefficients never
-negative (so a longer prompt is never predicted to be quicker), old observations slowly forgotten.
+Least squares on relative residuals, so that priors and noise need no units; weak priors, coefficients never negative (so
+a longer prompt is never predicted to be quicker), old observations slowly forgotten.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
-PRIOR_SPREAD = 30.0  # how many times its prior a coefficient may well be: models differ by orders of magnitude
+PRIOR_SPREAD = 300.0  # how many times its prior a coefficient may well be: models differ by orders of magnitude
 NOISE = 0.02  # variance of one relative residual
-FORGETTING = 0.995
+FORGETTING = 0.99
 TRUSTED_AFTER = 16  # observations, until which the fit has to find its order of magnitude
 MAX_SECONDS = 3600.0  # no prediction is longer, no observation above it is believed
 MEAN_OUTPUT_PRIOR = 128.0  # tokens of one choice, before any request has ended
@@ -29,39 +30,79 @@ PRIORS: dict[str, tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
 
 
 class Fit:
-    """y = theta . x by recursive least squares; every coefficient stays at or above zero."""
+    """y = theta . x, least squares over discounted sums, every coefficient at or above zero (exactly, not by clipping)."""
 
     def __init__(self, prior: Sequence[float]) -> None:
         self.theta = list(prior)
         self.num_observations = 0
+        size = range(len(prior))
+        # The prior is one pseudo-observation of each coefficient, weak by PRIOR_SPREAD, and never forgotten.
+        weights = [NOISE / (PRIOR_SPREAD * p) ** 2 for p in prior]
+        self._prior_a = [[weights[i] if i == j else 0.0 for j in size] for i in size]
+        self._prior_b = [w * p for w, p in zip(weights, prior, strict=True)]
+        self._a = [[0.0 for _ in size] for _ in size]  # sum of x x^T, discounted
+        self._b = [0.0 for _ in size]  # sum of x y, discounted
         self._floor = prior[0] * 1e-3  # of the constant term: nothing takes no time
-        self._limit = [(PRIOR_SPREAD * p) ** 2 for p in prior]
-        self._cov = [[limit if i == j else 0.0 for j in range(len(prior))] for i, limit in enumerate(self._limit)]
+        self._subsets = [s for n in range(len(prior), 0, -1) for s in itertools.combinations(size, n)]
 
     def observe(self, x: Sequence[float], y: float) -> None:
         """One measurement of y seconds. Implausible ones (not finite, not positive, above an hour) are ignored."""
         if not (math.isfinite(y) and 0 < y < MAX_SECONDS and all(math.isfinite(v) for v in x)):
             return
-        x = [v / y for v in x]  # relative: the residual of a perfect fit is 1 - theta . x = 0
-        spread = [sum(row[j] * x[j] for j in range(len(x))) for row in self._cov]
-        gain_by = NOISE + sum(s * v for s, v in zip(spread, x, strict=True))
-        residual = 1.0 - sum(t * v for t, v in zip(self.theta, x, strict=True))
-        if self.num_observations >= TRUSTED_AFTER:  # an outlier (a stalled machine) counts as a fivefold miss, not more
-            residual = max(-4.0, min(0.8, residual))
-        self.theta = [max(0.0, t + s / gain_by * residual) for t, s in zip(self.theta, spread, strict=True)]
-        self.theta[0] = max(self._floor, self.theta[0])
-        size = range(len(x))
-        for i in size:
-            for j in size:
-                self._cov[i][j] = (self._cov[i][j] - spread[i] * spread[j] / gain_by) / FORGETTING
-        # Forgetting inflates the directions that are never excited; above its prior none may grow.
-        for i in size:
-            if self._cov[i][i] > self._limit[i]:
-                shrink = math.sqrt(self._limit[i] / self._cov[i][i])
-                for j in size:
-                    self._cov[i][j] *= shrink
-                    self._cov[j][i] *= shrink
+        # Relative to the prediction, so that short and long ones count alike. A prediction that is not yet trusted is
+        # replaced by the measurement; an outlier (a stalled machine) counts as a fivefold miss, not more.
+        scale = y
+        if self.num_observations >= TRUSTED_AFTER:
+            scale = sum(t * v for t, v in zip(self.theta, x, strict=True))
+        x, y = [v / scale for v in x], max(0.2, min(5.0, y / scale))
+        for i, v in enumerate(x):
+            self._b[i] = FORGETTING * self._b[i] + v * y
+            row = self._a[i]
+            for j, w in enumerate(x):
+                row[j] = FORGETTING * row[j] + v * w
         self.num_observations += 1
+        self._solve()
+
+    def _solve(self) -> None:
+        """Non-negative least squares by trying which coefficients are free: there are at most three."""
+        size = range(len(self._b))
+        a = [[self._a[i][j] + self._prior_a[i][j] for j in size] for i in size]
+        b = [self._b[i] + self._prior_b[i] for i in size]
+        best, best_loss = self.theta, math.inf
+        for subset in self._subsets:
+            found = _solve_linear([[a[i][j] for j in subset] for i in subset], [b[i] for i in subset])
+            if found is None or min(found) < 0:
+                continue
+            theta = [0.0] * len(b)
+            for i, value in zip(subset, found, strict=True):
+                theta[i] = value
+            if len(subset) == len(b):
+                best = theta
+                break  # the unconstrained optimum is allowed, so it is the optimum
+            loss = sum(theta[i] * (0.5 * sum(a[i][j] * theta[j] for j in size) - b[i]) for i in size)
+            if loss < best_loss:
+                best, best_loss = theta, loss
+        self.theta = [max(self._floor, best[0]), *best[1:]]
+
+
+def _solve_linear(a: list[list[float]], b: list[float]) -> list[float] | None:
+    """Gaussian elimination with equilibration; None for a singular system."""
+    scale = [math.sqrt(a[i][i]) for i in range(len(b))]
+    if min(scale) <= 0:
+        return None
+    rows = [[a[i][j] / (scale[i] * scale[j]) for j in range(len(b))] + [b[i] / scale[i]] for i in range(len(b))]
+    for i in range(len(rows)):
+        pivot = max(range(i, len(rows)), key=lambda r: abs(rows[r][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        if abs(rows[i][i]) < 1e-12:
+            return None
+        for r in range(i + 1, len(rows)):
+            factor = rows[r][i] / rows[i][i]
+            rows[r] = [v - factor * w for v, w in zip(rows[r], rows[i], strict=True)]
+    out = [0.0] * len(rows)
+    for i in reversed(range(len(rows))):
+        out[i] = (rows[i][-1] - sum(rows[i][j] * out[j] for j in range(i + 1, len(rows)))) / rows[i][i]
+    return [v / s for v, s in zip(out, scale, strict=True)]
 
 
 class CostModel:
@@ -106,15 +147,13 @@ class Drift:
 
     def __init__(self) -> None:
         self._log = 0.0
-
-    @property
-    def factor(self) -> float:
-        return math.exp(self._log)
+        self.factor = 1.0
 
     def observe(self, actual: float, predicted: float) -> None:
         if math.isfinite(actual) and actual > 0 and predicted > 0:
             ratio = max(-math.log(2), min(math.log(2), math.log(actual / predicted)))
             self._log += 0.1 * (ratio - self._log)
+            self.factor = math.exp(self._log)
 
 
 class OutputLength:

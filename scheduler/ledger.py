@@ -27,7 +27,6 @@ class Entry:
         *,
         request_id: str,
         epoch: int,
-        position: int,
         model: str,
         prompt_len: int,
         num_choices: int,
@@ -40,7 +39,6 @@ class Entry:
     ) -> None:
         self.request_id = request_id
         self.epoch = epoch
-        self.position = position  # in the queue; kept when it is placed again
         self.model = model
         self.prompt_len = prompt_len
         self.num_choices = num_choices
@@ -93,6 +91,7 @@ class WorkerState:
 
     def __init__(self, info: WorkerInfo, cost: CostModel, now: float) -> None:
         self.info = info
+        self.incarnation = info.incarnation
         self.cost = cost  # shared by all workers of this model, device and role
         self.ref = WorkerRef(info.incarnation, info.role, info.address)
         self.state = "ready"
@@ -117,10 +116,6 @@ class WorkerState:
         self.blocks_unseen = 0
         self.blocks_returned = 0
         self.is_full = False  # it refused a reservation; until it tells news or something ends here
-
-    @property
-    def incarnation(self) -> str:
-        return self.info.incarnation
 
     @property
     def takes_work(self) -> bool:
@@ -249,7 +244,6 @@ class Ledger:
             entry = Entry(
                 request_id=request_id,
                 epoch=epoch,
-                position=-1,
                 model=worker.info.model,
                 prompt_len=max(1, num_tokens),
                 num_choices=1,

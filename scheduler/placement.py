@@ -46,13 +46,17 @@ class Rules(NamedTuple):
     hash_block_len: int  # tokens behind one hash of Admit.prefix_hashes
 
 
+class BestPrefill(NamedTuple):
+    worker: WorkerState
+    ttft_s: float  # predicted
+    prefill_s: float  # of it, the prefill alone
+
+
 class Candidate(NamedTuple):
-    """A decode worker with room, and what it would be like there."""
+    """A decode worker with room that would break the promise."""
 
     worker: WorkerState
     tpot_s: float
-    num_seqs: float  # at the moment the prefill ends
-    is_local: bool
 
 
 def place(
@@ -64,7 +68,8 @@ def place(
     now: float,
 ) -> Placement | Blocked:
     """Where this request goes now. `workers`: those of its model. `matches`: incarnation -> leading hashes it holds."""
-    usable = [w for w in workers if w.takes_work and w.incarnation not in admit.excluded]
+    excluded = admit.excluded
+    usable = [w for w in workers if w.takes_work and not (excluded and w.incarnation in excluded)]
     decodes = [w for w in usable if w.info.role == "decode"]
     if not decodes:
         return Blocked.NO_WORKER
@@ -72,40 +77,46 @@ def place(
     expected = output.expected(admit.max_tokens)
 
     def cached(worker: WorkerState) -> int:
-        return min(matches.get(worker.incarnation, 0) * rules.hash_block_len, admit.prompt_len - 1)
+        num_hashes = matches.get(worker.incarnation) if matches else None
+        return min(num_hashes * rules.hash_block_len, admit.prompt_len - 1) if num_hashes else 0
 
     best = _best_prefill(admit, prefills, cached, now)
-    candidates = []
-    for worker in decodes:
-        is_short = admit.prompt_len - cached(worker) < rules.disaggregation_threshold
-        is_local = best is None or (is_short and worker.info.can_prefill)
-        if is_local:
-            until_first = _queue_and_prefill(admit, worker, cached(worker), now)[0]
-        else:
-            assert best is not None, "not local has a prefill worker"
-            until_first = best[1]
-        candidate = _candidate(admit, worker, output.mean, expected, until_first, is_local)
-        if candidate is not None:
-            candidates.append(candidate)
-    if not candidates:
+    threshold = rules.disaggregation_threshold
+    everywhere = best is None or admit.prompt_len < threshold
+    local: list[WorkerState] = []
+    if everywhere or matches:
+        short = [w for w in decodes if w.info.can_prefill and admit.prompt_len - cached(w) < threshold]
+        local = decodes if best is None else short
+    chosen = None
+    overfull: list[Candidate] = []
+    if local:
+
+        def until_first(worker: WorkerState) -> float:
+            return _queue_and_prefill(admit, worker, cached(worker), now)[0]
+
+        chosen = _fullest(admit, local, output, until_first, rules.tpot_target_s, overfull)
+    if chosen is None and best is not None:
+        ttft_s = best.ttft_s
+        others = [w for w in decodes if w not in local] if local else decodes
+        chosen = _fullest(admit, others, output, lambda _: ttft_s, rules.tpot_target_s, overfull)
+    if chosen is None and overfull:  # nobody keeps the promise: where it is missed by the least
+        chosen = min(overfull, key=lambda c: (c.tpot_s, c.worker.incarnation)).worker
+    if chosen is None:
         return Blocked.NO_ROOM
-    chosen = _fullest(candidates, rules.tpot_target_s)
-    if chosen.is_local:
-        ttft, prefill_s = _queue_and_prefill(admit, chosen.worker, cached(chosen.worker), now)
-        return Placement(chosen.worker, None, cached(chosen.worker), prefill_s, ttft, expected)
-    assert best is not None, "not local has a prefill worker"
-    worker, ttft, prefill_s = best
-    if worker.prefill_queue_s(now) > rules.max_prefill_queue_s and len(worker.prefills) >= 2:
+    if best is None or chosen in local:
+        ttft_s, prefill_s = _queue_and_prefill(admit, chosen, cached(chosen), now)
+        return Placement(chosen, None, cached(chosen), prefill_s, ttft_s, expected)
+    if best.worker.prefill_queue_s(now) > rules.max_prefill_queue_s and len(best.worker.prefills) >= 2:
         return Blocked.NO_ROOM
-    return Placement(chosen.worker, worker, cached(worker), prefill_s, ttft, expected)
+    return Placement(chosen, best.worker, cached(best.worker), best.prefill_s, best.ttft_s, expected)
 
 
 def _best_prefill(
     admit: Admit, prefills: Sequence[WorkerState], cached: Callable[[WorkerState], int], now: float
-) -> tuple[WorkerState, float, float] | None:
-    """(worker, predicted TTFT, its prefill alone), or None without a prefill worker. Ties go to the one used least."""
+) -> BestPrefill | None:
+    """Least predicted TTFT; None without a prefill worker. Ties go to the one with the shorter queue."""
     best: tuple[float, int, str] | None = None
-    found: tuple[WorkerState, float, float] | None = None
+    found: BestPrefill | None = None
     for worker in prefills:
         ttft, prefill_s = _queue_and_prefill(admit, worker, cached(worker), now)
         layout = worker.info.layout
@@ -114,7 +125,7 @@ def _best_prefill(
         ttft += worker.cost.transfer_s(tail)
         rank = (ttft, len(worker.prefills), worker.incarnation)
         if best is None or rank < best:
-            best, found = rank, (worker, ttft, prefill_s)
+            best, found = rank, BestPrefill(worker, ttft, prefill_s)
     return found
 
 
@@ -123,37 +134,52 @@ def _queue_and_prefill(admit: Admit, worker: WorkerState, cached: int, now: floa
     return worker.prefill_queue_s(now) + prefill_s, prefill_s
 
 
-def _candidate(
-    admit: Admit, worker: WorkerState, mean_output: float, expected: float, until_first: float, is_local: bool
-) -> Candidate | None:
-    """What the worker will be like when this request starts to decode there; None without room."""
-    info, cost, choices = worker.info, worker.cost, admit.num_choices
-    drift = worker.decode_drift.factor
-    step_s = cost.decode_s(worker.num_decoding, worker.num_context_tokens) * drift
-    # Of those that decode now, some will have ended. Lengths are taken as memoryless: nobody knows when one stops.
-    survivors = worker.num_decoding * math.exp(-until_first / (step_s * mean_output))
-    num_seqs = survivors + worker.num_coming + choices
+def _fullest(
+    admit: Admit,
+    workers: Sequence[WorkerState],
+    output: OutputLength,
+    until_first: Callable[[WorkerState], float],
+    tpot_target_s: float,
+    overfull: list[Candidate],
+) -> WorkerState | None:
+    """The first, from the fullest down, that has room and keeps the promise. Those with room that do not: `overfull`."""
+    for worker in sorted(workers, key=_load, reverse=True):
+        tpot_s = _predicted_tpot(admit, worker, output, until_first)
+        if tpot_s is not None:
+            if tpot_s <= tpot_target_s:
+                return worker
+            overfull.append(Candidate(worker, tpot_s))
+    return None
+
+
+def _load(worker: WorkerState) -> tuple[int, int, str]:
+    return worker.num_decoding + worker.num_coming, worker.blocks_at_end, worker.incarnation
+
+
+def _predicted_tpot(
+    admit: Admit, worker: WorkerState, output: OutputLength, until_first: Callable[[WorkerState], float]
+) -> float | None:
+    """A step's time when this request starts to decode there; None without room for it."""
     if worker.is_full:
         return None
-    if worker.entries:  # an empty worker takes whatever its pool can hold
-        if num_seqs > info.max_num_seqs:
-            return None
-        at_end = blocks_at_end(info, admit.prompt_len, choices, expected)
-        if worker.blocks_at_end + at_end > info.num_blocks:
-            return None
+    info, cost, choices = worker.info, worker.cost, admit.num_choices
     # The worker keeps a block free for every other running sequence's next token; so must this prediction.
     headroom = (worker.num_decoding + worker.num_coming) // 2
     if worker.num_free_blocks < blocks_to_reserve(info, admit.prompt_len, choices) + headroom:
         return None
-    share = num_seqs / max(1.0, worker.num_decoding + worker.num_coming + choices)
+    drift = worker.decode_drift.factor
+    survivors = 0.0
+    if worker.num_decoding:
+        # Of those that decode now, some will have ended. Lengths are memoryless here: nobody knows when one stops.
+        step_s = cost.decode_s(worker.num_decoding, worker.num_context_tokens) * drift
+        survivors = worker.num_decoding * math.exp(-until_first(worker) / (step_s * output.mean))
+    num_seqs = survivors + worker.num_coming + choices
+    expected = output.expected(admit.max_tokens)
+    if worker.entries:  # an empty worker takes whatever its pool can hold
+        if num_seqs > info.max_num_seqs:
+            return None
+        if worker.blocks_at_end + blocks_at_end(info, admit.prompt_len, choices, expected) > info.num_blocks:
+            return None
+    share = num_seqs / max(1, worker.num_decoding + worker.num_coming + choices)
     context = worker.num_context_tokens * share + choices * (admit.prompt_len + expected / 2)
-    return Candidate(worker, cost.decode_s(num_seqs, context) * drift, num_seqs, is_local)
-
-
-def _fullest(candidates: Sequence[Candidate], tpot_target_s: float) -> Candidate:
-    """The fullest that keeps the promise, one that has the prompt's prefix first; else the least overfull."""
-    keeping = [c for c in candidates if c.tpot_s <= tpot_target_s]
-    if not keeping:
-        return min(candidates, key=lambda c: (c.tpot_s, c.worker.incarnation))
-    local = [c for c in keeping if c.is_local]
-    return max(local or keeping, key=lambda c: (c.num_seqs, c.worker.blocks_at_end, c.worker.incarnation))
+    return cost.decode_s(num_seqs, context) * drift

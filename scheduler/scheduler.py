@@ -77,7 +77,7 @@ class Scheduler:
         self._gateway_lease_s = gateway_lease_s
         self._draw = draw
         self._next_position = 0
-        self._epochs: OrderedDict[str, int] = OrderedDict()  # request_id -> the last epoch minted for it
+        self._minted: OrderedDict[str, tuple[int, int]] = OrderedDict()  # request_id -> its last epoch, its position
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._last_alive_at: dict[str, float] = {}  # model -> when a decode worker of it was last alive
         self._started_at: float | None = None
@@ -95,11 +95,11 @@ class Scheduler:
         self._begin(now)
         request_id = admit.request_id
         former, waiting = self.ledger.entries.get(request_id), self.queue.remove(request_id)
-        position, last_epoch = self._next_position, max(admit.last_epoch, self._epochs.get(request_id, 0))
+        last_epoch, position = self._minted.get(request_id, (0, self._next_position))
+        last_epoch = max(last_epoch, admit.last_epoch)
         if waiting is not None:
             position = waiting.position
         if former is not None:
-            position = former.position if former.position >= 0 else position
             last_epoch = max(last_epoch, former.epoch)  # it may have been adopted, minted by a scheduler before this one
             self._note_refusal(former, admit)
             self._free(former, now)
@@ -198,7 +198,7 @@ class Scheduler:
             known.last_beat_at = now
             return
         self.dead.pop(info.incarnation, None)
-        worker = WorkerState(info, self.costs.of(info.model, info.device, info.role), now)
+        worker = WorkerState(info, self.costs.of(info.model, info.device.split(":")[0], info.role), now)
         self.workers[info.incarnation] = worker
         self._by_model.setdefault(info.model, []).append(worker)
         self.records.registered(info)
@@ -308,13 +308,12 @@ class Scheduler:
 
     def _book(self, item: Item, placement: Placement, now: float) -> Ticket:
         admit = item.admit
-        self._mint(admit.request_id, item.epoch)
+        self._mint(item)
         self._ended.pop(admit.request_id, None)
         self.drain_rate.placed(admit.prompt_len, now, was_backlog=len(self.queue) > 1)
         entry = Entry(
             request_id=admit.request_id,
             epoch=item.epoch,
-            position=item.position,
             model=admit.model,
             prompt_len=admit.prompt_len,
             num_choices=admit.num_choices,
@@ -336,7 +335,7 @@ class Scheduler:
         return Ticket(admit.request_id, item.epoch, placement.decode.ref, prefill, placement.ttft_s)
 
     def _fail(self, item: Item, error: TandemError, reason: str) -> tuple[str, Failure]:
-        self._mint(item.admit.request_id, item.epoch)
+        self._mint(item)
         self._remember_end(item.admit.request_id)
         self.records.reject(reason)
         return item.admit.request_id, to_failure(error)
@@ -409,7 +408,8 @@ class Scheduler:
         blamed = former.decode.incarnation in admit.excluded or (
             former.prefill is not None and former.prefill.incarnation in admit.excluded
         )
-        if former.first_token_at is None and not blamed and not former.is_seen:
+        knew_its_ticket = admit.last_epoch >= former.epoch
+        if knew_its_ticket and former.first_token_at is None and not blamed and not former.is_seen:
             former.decode.is_full = True
             self.records.count("reservations_refused")
 
@@ -435,10 +435,11 @@ class Scheduler:
         while len(self._ended) > MAX_REMEMBERED:
             self._ended.popitem(last=False)
 
-    def _mint(self, request_id: str, epoch: int) -> None:
-        """The epoch is given away: the next attempt's is above it."""
-        assert epoch > self._epochs.get(request_id, 0), "epochs only grow"
-        self._epochs[request_id] = epoch
-        self._epochs.move_to_end(request_id)
-        while len(self._epochs) > MAX_REMEMBERED:
-            self._epochs.popitem(last=False)
+    def _mint(self, item: Item) -> None:
+        """The epoch is given away: the next attempt's is above it, and in the same place of the queue."""
+        request_id = item.admit.request_id
+        assert item.epoch > self._minted.get(request_id, (0, 0))[0], "epochs only grow"
+        self._minted[request_id] = (item.epoch, item.position)
+        self._minted.move_to_end(request_id)
+        while len(self._minted) > MAX_REMEMBERED:
+            self._minted.popitem(last=False)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from protocol.messages import WorkerStats
 from scheduler.ledger import WorkerState
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
         alive          bool; state "ready" | "loading" | "draining" | "lost"
         beat_age_s     since its last heartbeat; up_s since it registered
         num_blocks block_size max_num_seqs
-        stats          protocol.messages.WorkerStats as a dict; None before the first heartbeat
+        stats          protocol.messages.WorkerStats as a dict; zeros and an empty pool before the first heartbeat
         ledger         what is booked on it: prefilling, decoding (sequences), context_tokens, blocks_at_end,
                        prefill_queue_s (predicted)
     queue              requests tokens bytes max_requests max_tokens max_bytes, oldest_s (0.0 when empty), drain_s
@@ -125,7 +126,7 @@ def _worker(worker: WorkerState, now: float) -> dict[str, Any]:
         "num_blocks": info.num_blocks,
         "block_size": info.layout.block_size,
         "max_num_seqs": info.max_num_seqs,
-        "stats": msgspec.structs.asdict(worker.stats) if worker.stats is not None else None,
+        "stats": msgspec.structs.asdict(worker.stats or WorkerStats(num_free_blocks=info.num_blocks)),
         "ledger": {
             "prefilling": len(worker.prefills),
             "decoding": worker.num_decoding,

@@ -1,4 +1,4 @@
-"""Hugging Face transformers as the judge: tiny random checkpoints of each family, and its float32 greedy output with logit gaps.
+"""Hugging Face transformers as the judge: tiny random checkpoints of each family, and its float32 greedy output with gaps.
 
 Shared by the tests of models/, engine/ and the whole system. A divergence from the judge is forgiven only where its own two
 best logits are closer than NEAR_TIE.
@@ -16,7 +16,9 @@ FAMILIES = ("llama", "llama3-rope", "linear-rope", "mistral", "mistral-window", 
 VOCAB_SIZE = 199
 
 
-def make_checkpoint(family: str, folder: Path, *, seed: int = 0, shards: bool = False, dtype: str = "float32", **changes: Any) -> Path:
+def make_checkpoint(
+    family: str, folder: Path, *, seed: int = 0, shards: bool = False, dtype: str = "float32", **changes: Any
+) -> Path:
     """A tiny random checkpoint in Hugging Face's layout, written by transformers itself; returns folder.
 
     Weights are spread widely, so that greedy output wanders instead of repeating one token.
@@ -75,7 +77,9 @@ def make_tokenizer(folder: Path, vocab_size: int = VOCAB_SIZE) -> Path:
     return folder
 
 
-def ragged_prompts(count: int, block_size: int, vocab_size: int = VOCAB_SIZE, *, seed: int = 0, longest: int = 100) -> list[list[int]]:
+def ragged_prompts(
+    count: int, block_size: int, vocab_size: int = VOCAB_SIZE, *, seed: int = 0, longest: int = 100
+) -> list[list[int]]:
     """One token, block size and its neighbours, several blocks, and random lengths; token ids are random."""
     import random
 

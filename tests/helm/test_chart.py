@@ -322,9 +322,7 @@ def ray_service_schema(crds: Path) -> Values:
 def errors(schema: Values, document: Values) -> list[str]:
     import jsonschema
 
-    return [
-        f"{error.json_path}: {error.message}" for error in jsonschema.Draft202012Validator(schema).iter_errors(document)
-    ]
+    return [f"{error.json_path}: {error.message}" for error in jsonschema.Draft202012Validator(schema).iter_errors(document)]
 
 
 @needs_helm

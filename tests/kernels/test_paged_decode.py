@@ -52,9 +52,7 @@ class Case:
                 filled = min(block_size, length - i * block_size)
                 pool[block, :, :, :filled] = generator.standard_normal((2, num_kv_heads, filled, head_dim))
         self.scale = head_dim**-0.5
-        self.q = torch.tensor(
-            generator.standard_normal((len(seq_lens), num_heads, head_dim)), dtype=dtype, device=DEVICE
-        )
+        self.q = torch.tensor(generator.standard_normal((len(seq_lens), num_heads, head_dim)), dtype=dtype, device=DEVICE)
         self.kv_layer = torch.tensor(pool, dtype=dtype, device=DEVICE)
         self.block_tables = torch.tensor(tables, dtype=torch.int32, device=DEVICE)
         self.seq_lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)

@@ -303,12 +303,11 @@ def test_stop_writing_at_any_time(outbound, phase):
     assert not outbound.failing("g")
 
 
-def test_our_lease_ends_and_decode_dies(outbound):
+def test_our_lease_ends(outbound):
     outbound.opened(make_grant("a", "ra"), 0.0)
     outbound.opened(make_grant("b", "rb", decode_incarnation="D2"), 5.0)
     assert outbound.next_expiry() == 10.0
     assert outbound.expired(10.0) == ["a"]
-    assert outbound.decode_lost("D2") == ["b"]
     outbound.failing("a")
     assert outbound.expired(10.0) == []
     assert outbound.next_expiry() == 15.0

@@ -7,10 +7,10 @@ import os
 import pytest
 
 from kvtransfer import process
-from kvtransfer.link import answer, choose, is_same_host, make_receivers, transports_of
+from kvtransfer.link import choose, is_same_host, make_receivers
 from kvtransfer.tcp_frames import FrameError, FrameReader, FrameWriter, Kind, grant_key, preamble_length, session
 from protocol.errors import ConfigError, HandshakeRefused
-from protocol.kv import KVLayout, MemoryEndpoint, ShmEndpoint, TcpEndpoint
+from protocol.kv import MemoryEndpoint, ShmEndpoint, TcpEndpoint
 from protocol.messages import Handshake
 
 
@@ -56,25 +56,13 @@ def test_same_host_means_seen_from_here(pair):
     assert not is_same_host(handshake(pair, pid=0)), "its death could not be observed"
 
 
-def test_answers(pair):
-    receivers = make_receivers(pair.target, ["shm", "tcp", "memory"], pair.secret, incarnation="D1")
-    pair.receivers = receivers
-    accepted = answer(handshake(pair), pair.layout, receivers, "D1")
-    assert (accepted.incarnation, accepted.layout) == ("D1", pair.layout)
-    assert isinstance(accepted.endpoint, ShmEndpoint)
-    assert isinstance(answer(handshake(pair, boot_id="x"), pair.layout, receivers, "D1").endpoint, TcpEndpoint)
-    inside = answer(handshake(pair, transports=("memory",)), pair.layout, receivers, "D1", same_process=True)
-    assert isinstance(inside.endpoint, MemoryEndpoint)
-    other = KVLayout(2, 2, 4, 8, "float32", "m", version=2)
-    with pytest.raises(HandshakeRefused, match="block_size: 4 here, 8 there; version: 1 here, 2 there"):
-        answer(handshake(pair, layout=other), pair.layout, receivers, "D1")
-
-
-def test_settings():
-    assert transports_of("auto") == ("shm", "tcp")
-    assert transports_of("tcp") == ("tcp",)
-    with pytest.raises(ConfigError, match="'rdma': choose auto, shm or tcp"):
-        transports_of("rdma")
+def test_receivers_by_name_in_order(pair):
+    pair.receivers = receivers = make_receivers(pair.target, ["tcp", "shm", "memory"], pair.secret, incarnation="D1")
+    assert list(receivers) == ["tcp", "shm", "memory"]
+    assert [type(r.endpoint()) for r in receivers.values()] == [TcpEndpoint, ShmEndpoint, MemoryEndpoint]
+    assert receivers["tcp"].endpoint().host == "127.0.0.1"
+    with pytest.raises(ConfigError, match="no KV transport 'rdma'; there are shm, tcp, memory"):
+        make_receivers(pair.target, ["rdma"], pair.secret)
 
 
 def test_memory_of_another_process_is_refused(pair):

@@ -133,14 +133,13 @@ def test_strangers_get_nowhere(pair):
         Writer(pair, secret=b"guessed")
     for junk in (b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100, b"\x80\x04\x95", os.urandom(4000), b"TdKV\0\x01\0\0\xff\xff\xff\xff"):
         with socket.create_connection((endpoint.host, endpoint.port), 2.0) as sock:
-            sock.sendall(junk)
-            sock.shutdown(socket.SHUT_WR)
             try:
+                sock.sendall(junk)
                 greeting = sock.recv(100)
                 assert len(greeting) == frames.GREETING.size
                 assert not sock.recv(100), "nothing but the greeting for those who do not know the secret"
-            except ConnectionError:
-                pass
+            except OSError:
+                pass  # cut already
     assert np.array_equal(before, pair.target.runs)
     Writer(pair)
 
@@ -346,7 +345,7 @@ def test_a_peer_that_stops_answering(pair, run):
 def test_the_receiver_wants_a_secret_and_an_address(pair):
     with pytest.raises(ConfigError, match="secret"):
         TcpReceiver(pair.target, b"", "D1")
-    with pytest.raises(ConfigError, match=r"transfer\.host"):
+    with pytest.raises(ConfigError, match=r"transfer\.bind_host"):
         TcpReceiver(pair.target, b"x", "D1", host="0.0.0.0")
     with pytest.raises(ConfigError, match=r"cannot listen for KV on 127\.0\.0\.1"):
         TcpReceiver(pair.target, b"x", "D1", port=pair.receiver("tcp").endpoint().port)

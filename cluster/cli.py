@@ -1,0 +1,270 @@
+"""The `tandem` command. Quick and light: it parses, checks and explains; torch and Ray are imported by what it calls, late.
+
+The options are generated from `configs/flags.py`, one table. Entry points: `tandem` (console script) and
+`python -m cluster`. Exit status: 0 well, 1 it failed, 2 what was asked for is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import json
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from configs.flags import FLAGS, Flag
+from configs.load import Resolved, load, presets
+from protocol.errors import ConfigError, TandemError
+
+PACKAGES = (
+    "protocol",
+    "configs",
+    "kernels",
+    "models",
+    "kvtransfer",
+    "engine",
+    "prefill",
+    "decode",
+    "scheduler",
+    "api",
+    "cluster",
+)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Never raises for what a user can get wrong: one sentence on stderr and a status."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    try:
+        if unknown:
+            raise _unknown_option(unknown[0], args.command)
+        if args.run is None:
+            parser.print_help()
+            return 2
+        return int(args.run(args))
+    except ConfigError as error:
+        print(f"tandem: {error.message}", file=sys.stderr)
+        return 2
+    except TandemError as error:
+        print(f"tandem: {error.message}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # tandem config show | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands there are. What is not built is not listed."""
+    parser = argparse.ArgumentParser(
+        prog="tandem",
+        description="Serve a language model with prefill and decode on separate workers.",
+        epilog="`tandem serve` alone serves the bundled model. `tandem COMMAND --help` says more.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=None, command=None)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+
+    def command(name: str, run: Any, text: str, into: Any = commands) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = into.add_parser(name, help=text, description=text, allow_abbrev=False)
+        made.set_defaults(run=run, command=name)
+        return made
+
+    serve = command("serve", run_serve, "Start a cluster on this machine with an OpenAI-compatible endpoint.")
+    _add_options(serve)
+    config = command("config", None, "Look at the configuration.")
+    config.set_defaults(run=lambda _: config.print_help() or 2)
+    inside = config.add_subparsers(metavar="COMMAND", title="commands")
+    show = command("show", run_config_show, "Every value and where it came from.", inside)
+    show.add_argument("--json", action="store_true", help="as JSON")
+    _add_options(show)
+    status = command("status", run_status, "What a running cluster is doing.")
+    status.add_argument("--url", help="where it listens (default: gateway.host and gateway.port)")
+    status.add_argument("--json", action="store_true", help="as JSON, all of it")
+    _add_options(status)
+    doctor = command("doctor", run_doctor, "What this machine has, lacks, and what to do about it.")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    _add_options(doctor)
+    command("version", run_version, "Versions of this and of what it stands on.")
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL, the layers of configuration, and one option per row of the table of flags."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help='"bundled", "toy", a directory, a hub id, modelscope:ID')
+    layers = parser.add_argument_group("configuration (preset < file < TANDEM_SECTION_NAME < option < --set)")
+    layers.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets())} (default: general)")
+    layers.add_argument("--config", metavar="FILE", help="a YAML file of `section:` and, below, `name: value`")
+    layers.add_argument(
+        "--set", dest="sets", metavar="KEY=VALUE", action="append", default=[], help="any key of `tandem config show`"
+    )
+    options = parser.add_argument_group("options, each another name of one key")
+    for flag in FLAGS:
+        _add_option(options, flag)
+
+
+def _add_option(group: Any, flag: Flag) -> None:
+    # Values stay text: configs.load has one place, and one kind of sentence, for what is wrong with them.
+    default = flag.schema.default
+    shown = "none" if default is None else str(default).lower() if flag.type == "bool" else default
+    text = f"{flag.help} [{flag.key}; default {shown}]".replace("%", "%%")
+    if flag.negative is not None:
+        group.add_argument(flag.flag, dest=flag.dest, action="store_true", default=None, help=text)
+        group.add_argument(flag.negative, dest=flag.dest, action="store_false", default=None, help="the opposite")
+        return
+    metavar = "|".join(flag.choices) if flag.choices else flag.metavar
+    group.add_argument(flag.flag, dest=flag.dest, metavar=metavar, default=None, help=text)
+
+
+def _unknown_option(given: str, command: str | None) -> ConfigError:
+    name = given.split("=")[0]
+    known = [flag.flag for flag in FLAGS] + [flag.negative for flag in FLAGS if flag.negative]
+    known += ["--preset", "--config", "--set", "--json", "--help"]
+    nearest = difflib.get_close_matches(name, known, 1, 0.6)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"`tandem {command or ''} --help` lists what there is".replace("  ", " ")
+    what = "option" if name.startswith("-") else "argument"
+    return ConfigError(f"unknown {what} {name}; {hint}", param=name)
+
+
+def resolve(args: argparse.Namespace, env: dict[str, str] | None = None) -> Resolved:
+    """The configuration that these arguments and this environment ask for. Raises ConfigError."""
+    flags = {flag.key: getattr(args, flag.dest) for flag in FLAGS if getattr(args, flag.dest) is not None}
+    if args.model is not None:
+        flags["model.name"] = args.model
+    return load(args.preset, args.config, dict(os.environ) if env is None else env, flags, args.sets)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    resolved = resolve(args)
+    check_nothing_shadows()
+    check_port(resolved.config.gateway.host, resolved.config.gateway.port)
+    from cluster.launch import run
+
+    return run(resolved)
+
+
+def run_config_show(args: argparse.Namespace) -> int:
+    resolved = resolve(args)
+    if args.json:
+        rows = {key: {"value": value, "from": origin} for key, value, origin in resolved.rows()}
+        print(json.dumps(rows, indent=2))
+        return 0
+    rows_ = [(key, _as_text(value), origin) for key, value, origin in resolved.rows()]
+    widths = [max(len(row[i]) for row in rows_) for i in (0, 1)]
+    for key, value, origin in rows_:
+        print(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+    for note in resolved.notes:
+        print(f"note: {note}")
+    return 0
+
+
+def _as_text(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def run_status(args: argparse.Namespace) -> int:
+    from cluster.cluster_status import show
+
+    config = resolve(args).config
+    return show(args.url or url_of(config.gateway.host, config.gateway.port), config.gateway.api_key, args.json)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from cluster.doctor import examine
+
+    return examine(resolve(args).config, args.json)
+
+
+def run_version(args: argparse.Namespace) -> int:
+    names = ("tandem-serve", "ray", "torch", "triton", "transformers", "tokenizers", "safetensors")
+    for name in names:
+        try:
+            print(f"{name:<13} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name:<13} not installed")
+    print(f"{'python':<13} {sys.version.split()[0]}")
+    return 0
+
+
+# ---- checks before anything is started -------------------------------------------------------------------------------
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a client on this machine reaches what listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def check_nothing_shadows() -> None:
+    """Our top-level packages have everyday names; another `api` or `models` earlier on the path would be imported instead.
+
+    Raises ConfigError that names both folders. Finding is not importing: nothing foreign runs.
+    """
+    for name in PACKAGES:
+        spec = util.find_spec(name)
+        places = list(spec.submodule_search_locations or ()) if spec else []
+        if not places and spec is not None and spec.origin:
+            places = [spec.origin]
+        if not any(Path(place).resolve() == ROOT / name for place in places):
+            found = places[0] if places else "nothing"
+            raise ConfigError(
+                f"`{name}` would be imported from {found} instead of {ROOT / name}; start the `tandem` script from another "
+                "directory, or take that folder off PYTHONPATH",
+                param="PYTHONPATH",
+            )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError when `host:port` cannot be listened on, with who may hold it and a port that is free."""
+    problem = listen_problem(host, port)
+    if problem is None:
+        return
+    if problem.errno == errno.EADDRINUSE:
+        free = next((p for p in range(port + 1, min(port + 200, 65536)) if listen_problem(host, p) is None), None)
+        another = f"--port {free}" if free else "another --port"
+        raise ConfigError(f"port {port} on {host} is taken{holder(port)}; stop that, or use {another}", param="gateway.port")
+    if problem.errno == errno.EACCES:
+        raise ConfigError(f"port {port} needs privileges that this user has not; use --port 8000", param="gateway.port")
+    raise ConfigError(f"cannot listen on {host}: {problem.strerror or problem}; see --host", param="gateway.host")
+
+
+def listen_problem(host: str, port: int) -> OSError | None:
+    """What the kernel says to listening there; None when it would be fine."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, proto, _, address = found[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection's last minute does not count
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        return error
+    return None
+
+
+def holder(port: int) -> str:
+    """` by NAME (process PID)` of who listens on it, as far as this user may see; else a hint."""
+    import psutil
+
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                command = " ".join(psutil.Process(connection.pid).cmdline())[:80]
+                return f" by process {connection.pid} ({command})"
+    except (psutil.Error, OSError):
+        pass
+    return f" by a process of another user (`ss -ltnp sport = :{port}` as root names it)"

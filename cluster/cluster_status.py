@@ -1,0 +1,139 @@
+"""`tandem status`: asks a running gateway over HTTP and prints a small table. Called by `cli.py`; no Ray, no torch."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from protocol.errors import Overloaded, TandemError, Unauthorized, WorkerLost
+
+TIMEOUT_S = 10.0
+
+
+def show(url: str, api_key: str | None, as_json: bool) -> int:
+    """Print what is there. 0 when it is healthy, 1 when it is not; raises TandemError when there is nobody."""
+    url = url.rstrip("/").removesuffix("/v1")
+    health, reason = _health(url)
+    data = _get(f"{url}/dashboard/data", api_key)
+    if as_json:
+        print(json.dumps({"url": url, "healthy": health, "reason": reason, **data}, indent=2))
+    else:
+        print("\n".join(lines(url, health, reason, data)))
+    return 0 if health else 1
+
+
+def lines(url: str, healthy: bool, reason: str, data: dict[str, Any]) -> list[str]:
+    """The table. `data` is what /dashboard/data answers: `status` in it is `scheduler.status.status_of`."""
+    status = data.get("status") or {}
+    models = ", ".join(data.get("models") or ())
+    out = [f"{url}  {'healthy' if healthy else 'not healthy'}  {models}".rstrip()]
+    if not healthy or data.get("error"):
+        out.append(f"  {data.get('error') or reason or data.get('reason') or 'no reason given'}")
+    if status:
+        out += ["", *_workers(status.get("workers", ())), "", *_requests(status), "", *_latencies(status)]
+    return out
+
+
+def _workers(workers: Any) -> list[str]:
+    header = ("worker", "state", "running", "waiting", "blocks used", "free", "prompt tok", "output tok", "beat")
+    rows = [header]
+    for worker in workers:
+        stats = worker.get("stats") or {}
+        rows.append(
+            (
+                worker["name"],
+                worker["state"],
+                str(stats.get("num_running", 0)),
+                str(stats.get("num_waiting", 0)),
+                f"{stats.get('num_used_blocks', 0)} of {worker['num_blocks']}",
+                str(stats.get("num_free_blocks", 0)),
+                str(stats.get("prompt_tokens", 0)),
+                str(stats.get("generation_tokens", 0)),
+                f"{worker['beat_age_s']:.1f} s ago",
+            )
+        )
+    return _table(rows)
+
+
+def _requests(status: dict[str, Any]) -> list[str]:
+    queue, flight, counters = status.get("queue", {}), status.get("in_flight", {}), status.get("counters", {})
+    refused = ", ".join(f"{count} {reason}" for reason, count in status.get("rejections", {}).items())
+    return [
+        f"requests  {flight.get('prefilling', 0)} prefilling, {flight.get('decoding', 0)} decoding, "
+        f"{queue.get('requests', 0)} queued ({queue.get('tokens', 0)} tokens)",
+        f"ended     {counters.get('finished', 0)} finished, {counters.get('failed', 0)} failed, "
+        f"{counters.get('cancelled', 0)} cancelled" + (f"; refused: {refused}" if refused else ""),
+    ]
+
+
+def _latencies(status: dict[str, Any]) -> list[str]:
+    promise = status.get("promise", {})
+    rows: list[tuple[str, ...]] = [("class", "", "p50", "p95", "p99", "promise", "kept")]
+    for slo_class, found in status.get("latencies", {}).items():
+        for name in ("ttft", "tpot", "e2e"):
+            values, kept = found[f"{name}_s"], found["kept"].get(name)
+            limit = promise.get(f"{name}_s")
+            rows.append(
+                (
+                    slo_class if name == "ttft" else "",
+                    name.upper() if name != "e2e" else "end to end",
+                    *(_seconds(values[q]) for q in ("p50", "p95", "p99")),
+                    _seconds(limit) if limit is not None else "",
+                    f"{kept:.0%}" if kept is not None else "",
+                )
+            )
+    if len(rows) == 1:
+        return [f"no request has finished in the last {status.get('window_s', 0):.0f} s"]
+    return _table(rows)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _health(url: str) -> tuple[bool, str]:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=TIMEOUT_S):
+            return True, ""
+    except urllib.error.HTTPError as error:
+        return False, _reason(error)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise WorkerLost(f"nobody answers at {url} ({reason}); is it serving? --url names another place") from None
+
+
+def _get(url: str, api_key: str | None) -> dict[str, Any]:
+    request = urllib.request.Request(url, headers={"authorization": f"Bearer {api_key}"} if api_key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            found = json.load(answer)
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise Unauthorized(f"{url} wants a key: set TANDEM_GATEWAY_API_KEY, or --api-key") from None
+        raise Overloaded(f"{url} answered {error.code}: {_reason(error)}") from None
+    except (OSError, ValueError) as error:
+        raise TandemError(f"{url} did not answer with its status: {error}") from None
+    if not isinstance(found, dict):
+        raise TandemError(f"{url} did not answer with its status; is it Tandem that listens there?")
+    return found
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    try:
+        body = json.loads(error.read(65536))
+    except (OSError, ValueError):
+        return f"HTTP {error.code}"
+    if not isinstance(body, dict):
+        return f"HTTP {error.code}"
+    inner = body.get("error")
+    text = inner.get("message") if isinstance(inner, dict) else body.get("reason") or body.get("status")
+    return str(text or f"HTTP {error.code}")

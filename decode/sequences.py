@@ -1,0 +1,187 @@
+"""The sequences of a decode worker and the blocks they hold: who runs, who was preempted, who must copy before it writes.
+
+`worker.py` decides and steps; this keeps sequences, jobs and the block pool in agreement. No I/O, no waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from decode.job import Job
+from engine.batch import Chunk
+from engine.blocks import BlockPool, OutOfBlocks
+from engine.prefix import attach_prefix, seal_full_blocks
+from engine.sequence import Sequence
+from protocol.events import TokenLogprobs
+from protocol.kv import KVLayout
+from protocol.ticket import FirstToken
+
+# What a sealed sequence's first frame repeats: (index, tokens, their log-probabilities)
+Opening = tuple[int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]
+
+
+class Sequences:
+    """running: in order of arrival, blocks held. preempted: in the order they return, no blocks held."""
+
+    def __init__(self, pool: BlockPool, layout: KVLayout) -> None:
+        self.running: list[Sequence] = []
+        self.preempted: list[Sequence] = []
+        self._pool = pool
+        self._layout = layout
+        self._jobs: dict[int, Job] = {}  # by id(sequence)
+        self._copies: dict[int, tuple[int, int]] = {}  # id(sequence) -> (shared block, own block) to copy before its next step
+        self._openings: dict[int, Opening] = {}  # id(sequence)
+
+    def __len__(self) -> int:
+        return len(self.running) + len(self.preempted)
+
+    def job_of(self, sequence: Sequence) -> Job | None:
+        """None once it is retired."""
+        return self._jobs.get(id(sequence))
+
+    def take_opening(self, sequence: Sequence) -> Opening:
+        return self._openings.pop(id(sequence), (sequence.output_len, (), None))
+
+    # ---- coming ----------------------------------------------------------------------------------------------------
+
+    def start(self, job: Job, leads: list[Sequence], headroom: int) -> None:
+        """Blocks for prompts that this worker prefills itself. Raises OutOfBlocks, and then nothing has changed."""
+        started: list[Sequence] = []
+        try:
+            for sequence in leads:
+                attach_prefix(self._pool, sequence, self._layout, headroom)
+                started.append(sequence)
+        except OutOfBlocks:
+            for sequence in started:
+                self._release_blocks(sequence)
+            raise
+        for sequence in leads:
+            self._adopt(job, sequence)
+
+    def open(self, job: Job, num_written: int, first_tokens: Iterable[FirstToken]) -> None:
+        """Sealed KV becomes sequences: the prompt's full blocks are shared, its last partial block is copied per choice."""
+        block_size = self._layout.block_size
+        num_tokens = job.request.prompt_len + len(job.delivered[0])
+        blocks, job.granted_blocks = job.granted_blocks, []
+        for block in blocks[len(blocks) - num_written :]:
+            self._pool.filling(block)
+        for first in first_tokens:
+            if first.finish_reason is not None:
+                continue
+            delivered = job.delivered[first.choice]
+            sequence = Sequence(job.request, first.choice, output_token_ids=(*delivered, first.token))
+            sequence.num_computed = num_tokens
+            if not job.sequences:
+                sequence.blocks = list(blocks)
+            else:
+                self._share(sequence, blocks, job.spare_blocks)
+            if len(sequence.blocks) * block_size < len(sequence.token_ids):
+                sequence.blocks.append(job.spare_blocks.pop())
+            logprobs = (first.logprobs,) if first.logprobs is not None else None
+            self._openings[id(sequence)] = (len(delivered), (first.token,), logprobs)
+            self._adopt(job, sequence)
+        if not job.sequences:
+            self._pool.release(blocks)
+        self._pool.release(job.spare_blocks)
+        job.spare_blocks = []
+        for sequence in job.sequences.values():
+            seal_full_blocks(self._pool, sequence, self._layout)
+
+    def part_ways(self, job: Job, chunk: Chunk) -> None:
+        """The siblings of a prompt that was prefilled here once for all n choices."""
+        lead = chunk.sequence
+        num_blocks = self._layout.num_blocks_for(lead.num_computed)
+        has_tail = lead.num_computed % self._layout.block_size != 0
+        for sibling in chunk.samples[1:]:
+            sibling.num_computed = lead.num_computed
+            try:
+                own = self._pool.allocate(int(has_tail))
+            except OutOfBlocks:  # recompute it when there is room; its first token stands all the same
+                sibling.num_computed, sibling.blocks = 0, []
+                self._adopt(job, sibling, is_running=False)
+                continue
+            self._share(sibling, lead.blocks[:num_blocks], own)
+            self._adopt(job, sibling)
+
+    def _share(self, sequence: Sequence, blocks: list[int], own: list[int]) -> None:
+        """The prompt's full blocks are shared; a partial last one is copied, before the sequence's next step, into one of `own`."""
+        num_full = sequence.num_computed // self._layout.block_size
+        self._pool.share(blocks[:num_full])
+        sequence.blocks = list(blocks[:num_full])
+        if num_full < len(blocks):
+            self._pool.share([blocks[num_full]])
+            sequence.blocks.append(own.pop())
+            self._copies[id(sequence)] = (blocks[num_full], sequence.blocks[-1])
+
+    def _adopt(self, job: Job, sequence: Sequence, *, is_running: bool = True) -> None:
+        job.sequences[sequence.choice] = sequence
+        self._jobs[id(sequence)] = job
+        (self.running if is_running else self.preempted).append(sequence)
+
+    # ---- being there -----------------------------------------------------------------------------------------------
+
+    def grow(self, sequence: Sequence) -> bool:
+        """One more block. False: there is none, and the sequence was preempted instead."""
+        try:
+            sequence.blocks += self._pool.allocate(1, after=sequence.blocks[-1])
+        except OutOfBlocks:  # a victim's blocks were shared, so less came free than the plan counted on
+            self.preempt(sequence)
+            return False
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release_blocks(sequence)
+        sequence.num_computed = 0
+        self.preempted.append(sequence)
+
+    def restart(self, sequence: Sequence) -> bool:
+        """Back from preemption. False: there is no room after all."""
+        try:
+            attach_prefix(self._pool, sequence, self._layout, 0)
+        except OutOfBlocks:
+            return False
+        self.preempted.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def take_copies(self, chunks: Iterable[Chunk]) -> list[tuple[int, int]]:
+        """(shared, own) block pairs to copy before this step; give them to `copied` after it."""
+        due = [self._copies.pop(id(chunk.sequence), None) for chunk in chunks]
+        return [copy for copy in due if copy is not None]
+
+    def copied(self, copies: list[tuple[int, int]]) -> None:
+        self._pool.release([shared for shared, _ in copies])
+
+    def seal(self, sequence: Sequence) -> None:
+        seal_full_blocks(self._pool, sequence, self._layout)
+
+    # ---- going -----------------------------------------------------------------------------------------------------
+
+    def retire(self, sequence: Sequence) -> Job | None:
+        """The sequence is over, however it ended. -> its job; None when it was retired before."""
+        job = self._jobs.pop(id(sequence), None)
+        if job is None:
+            return None
+        for holder in (self.running, self.preempted):
+            if sequence in holder:
+                holder.remove(sequence)
+        self._openings.pop(id(sequence), None)
+        self._release_blocks(sequence)
+        if job.sequences.get(sequence.choice) is sequence:
+            del job.sequences[sequence.choice]
+        return job
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        pending = self._copies.pop(id(sequence), None)
+        if pending is not None:
+            self._pool.release([pending[0]])
+        self._pool.release(sequence.blocks)
+        sequence.blocks = []
+
+    def check_is_empty(self) -> None:
+        assert not self.running
+        assert not self.preempted
+        assert not self._jobs
+        assert not self._copies
+        assert not self._openings
