@@ -63,6 +63,7 @@ def _worker_deployment(role: str, replicas: int) -> Any:
         name=role.capitalize(),
         num_replicas=replicas,
         max_ongoing_requests=1000,
+        max_constructor_retry_count=5,
         ray_actor_options={"num_cpus": 0, "resources": {ROLE_RESOURCES[role]: 1}},
         health_check_period_s=1,
         health_check_timeout_s=10,

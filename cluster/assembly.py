@@ -68,9 +68,7 @@ def build_engine(config: Config, loaded: LoadedModel, num_threads: int | None, n
     num_blocks = model.num_blocks_override or _num_blocks(config, loaded, layout, max_model_len, num_sharers)
     kv = KVPool(layout, num_blocks, str(loaded.device))
     runner = ModelRunner(loaded, kv.tensor, layout, num_threads)
-    return Engine(
-        loaded, layout, kv, BlockPool(num_blocks, layout.block_size, model.enable_prefix_caching), runner, max_model_len
-    )
+    return Engine(loaded, layout, kv, BlockPool(num_blocks, layout.block_size, model.enable_prefix_caching), runner, max_model_len)
 
 
 def _num_blocks(config: Config, loaded: LoadedModel, layout: KVLayout, max_model_len: int, num_sharers: int) -> int:
@@ -105,9 +103,7 @@ def build_decode(
         enable_chunked_prefill=config.decode.enable_chunked_prefill,
     )
     receivers = make_receivers(engine.kv, transports, secret, config.transfer.bind_host, incarnation=incarnation)
-    return DecodeWorker(
-        settings, engine.runner, engine.pool, engine.kv, receivers, network, clock, compute, verify_compute, secret
-    )
+    return DecodeWorker(settings, engine.runner, engine.pool, engine.kv, receivers, network, clock, compute, verify_compute, secret)
 
 
 def build_prefill(
@@ -166,9 +162,7 @@ def served_name(config: Config) -> str:
     return config.model.served_name or config.model.name
 
 
-def canary(
-    engine: Engine, worker: DecodeWorker | PrefillWorker, compute: Compute, clock: Clock
-) -> Callable[[], Awaitable[None]]:
+def canary(engine: Engine, worker: DecodeWorker | PrefillWorker, compute: Compute, clock: Clock) -> Callable[[], Awaitable[None]]:
     """One token out of nothing, through the whole engine; proof that this worker can produce tokens (R10). Also the warm-up."""
     request = Request(
         request_id="canary",

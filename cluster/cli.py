@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve = command("serve", run_serve, "Start a cluster on this machine with an OpenAI-compatible endpoint.")
     _add_options(serve)
     config = command("config", None, "Look at the configuration.")
-    config.set_defaults(run=lambda _: config.print_help() or 2)
+    config.set_defaults(run=lambda _: _help(config))
     inside = config.add_subparsers(metavar="COMMAND", title="commands")
     show = command("show", run_config_show, "Every value and where it came from.", inside)
     show.add_argument("--json", action="store_true", help="as JSON")
@@ -98,6 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_options(doctor)
     command("version", run_version, "Versions of this and of what it stands on.")
     return parser
+
+
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return 2
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -262,7 +267,8 @@ def holder(port: int) -> str:
 
     try:
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            address = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and address and address.port == port and connection.pid:
                 command = " ".join(psutil.Process(connection.pid).cmdline())[:80]
                 return f" by process {connection.pid} ({command})"
     except (psutil.Error, OSError):

@@ -38,7 +38,7 @@ def lines(url: str, healthy: bool, reason: str, data: dict[str, Any]) -> list[st
 
 def _workers(workers: Any) -> list[str]:
     header = ("worker", "state", "running", "waiting", "blocks used", "free", "prompt tok", "output tok", "beat")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for worker in workers:
         stats = worker.get("stats") or {}
         rows.append(

@@ -128,11 +128,20 @@ class WorkerReplica:
         index = _replica_index()
         self.name = f"{role}:{index}"
         _title(self.name)
+        _keep_serve_inside(config.transfer.bind_host)
         self._network = SocketNetwork(self.name, secret, config.transfer.bind_host)
         self._find = SchedulerFinder(config_json, secret, self._network)
         self._compute_pool = ThreadPoolExecutor(1, "engine")
         self._verify_pool = ThreadPoolExecutor(1, "verify")
         await self._phase("importing", "")
+        try:
+            await self._start(role, index, secret)
+        except Exception as error:
+            await _tell_failure(self._network, self._find, self.name, role, error)
+            raise
+
+    async def _start(self, role: str, index: int, secret: bytes) -> None:
+        config = self._config
         loop = asyncio.get_running_loop()
         assembly, self._torch_threads = await loop.run_in_executor(self._compute_pool, _import_engine, config)
         incarnation = assembly.new_incarnation(role, index)
@@ -194,6 +203,16 @@ class WorkerReplica:
             await tell_phase(self._network, await self._find(), message)
 
 
+async def _tell_failure(network: SocketNetwork, find: SchedulerFinder, name: str, role: str, error: Exception) -> None:
+    """Serve would try again for minutes before it says anything; a person should read it now."""
+    from cluster.agent import tell_phase
+
+    detail = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+    with contextlib.suppress(TandemError):
+        await tell_phase(network, await find(), WorkerPhase(name, role, "", "failed", detail, 0.0))
+        await asyncio.sleep(0.2)  # let it leave before the process goes
+
+
 def _import_engine(config: Config) -> tuple[Any, Any]:
     """torch is imported here, off the event loop: seconds that a heartbeat must not wait for."""
     from cluster import assembly
@@ -216,10 +235,20 @@ def _replica_index() -> int:
     return int(getattr(rank, "rank", rank) or 0)
 
 
-def _title(name: str) -> None:
-    import setproctitle
+def _keep_serve_inside(host: str) -> None:
+    """Serve opens a gRPC server in every replica, on all interfaces, unauthenticated, and it unpickles what arrives. Nothing of ours
+    uses it: it is bound to the address that our own sockets have, loopback unless somebody asked for more. Called from a
+    replica's constructor, which runs before Serve opens it."""
+    from ray.serve._private import replica
 
-    setproctitle.setproctitle(f"tandem:{name}")
+    bind = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, f"{host}:{address.rsplit(':', 1)[1]}")
+
+
+def _title(name: str) -> None:
+    """`tandem:decode:0` in ps and top. Ray names its processes anew around each task, so its own way of doing that is taken away."""
+    ray._raylet.setproctitle(f"tandem:{name}")
+    ray._raylet.setproctitle = lambda title: None
     # Ctrl-C in a terminal reaches the whole process group; only the command itself decides what happens then.
     with contextlib.suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -238,9 +267,15 @@ class GatewayReplica:
         config = decode_config(config_json)
         index = _replica_index()
         _title(f"gateway:{index}")
+        _keep_serve_inside(config.transfer.bind_host)
         network = SocketNetwork(f"gateway:{index}", secret, config.transfer.bind_host)
-        self._door = Door(config, network, SchedulerFinder(config_json, secret, network), f"gateway:{index}", secret)
-        await self._door.start()
+        find = SchedulerFinder(config_json, secret, network)
+        try:
+            self._door = Door(config, network, find, f"gateway:{index}", secret)
+            await self._door.start()
+        except Exception as error:
+            await _tell_failure(network, find, f"gateway:{index}", "gateway", error)
+            raise
 
     async def __serve_build_asgi_app__(self) -> Any:
         return self._door.app

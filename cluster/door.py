@@ -48,7 +48,14 @@ def limits_of(config: Config) -> Limits:
 class Door:
     """Implements `api.backend.Backend` over the gateway, and holds the FastAPI app."""
 
-    def __init__(self, config: Config, network: Network, find_scheduler: Callable[[], Awaitable[str]], gateway_id: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        network: Network,
+        find_scheduler: Callable[[], Awaitable[str]],
+        gateway_id: str,
+        secret: bytes,
+    ) -> None:
         folder = locate(config.model.name, config.model.revision)
         model = read_config(folder)
         self._tokenizer = Tokenizer(folder)

@@ -20,12 +20,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from configs.load import Resolved
+from configs.schema import Config
 from protocol.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "tandem"
+QUESTION = "What does the prefill worker do, and what does the decode worker do?"
 POLL_S = 0.1
 START_TIMEOUT_S = 600.0
 RESOURCE_UNITS = 4096  # of each role on one machine; how many fit is the user's choice, not Ray's
@@ -44,24 +48,34 @@ class Line:
 
 def run(resolved: Resolved) -> int:
     """Serve until interrupted. -> the exit status."""
-    config = resolved.config
+    config = _with_absolute_path(resolved.config)
     line = Line()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     _banner(resolved)
-    with _private_ray(line) as session:
+    with _private_ray(line):
         secret = secrets.token_hex(32).encode()
         actor = _deploy(config, secret, line)
-        if _wait_until_ready(config, actor, line, stop):
+        seen: set[tuple[str, str]] = set()
+        if _wait_until_ready(config, actor, seen, line, stop):
             _say_hello(config, line)
-            _watch(config, actor, line, stop)
-        if session.failed:
-            return 1
+            _watch(config, actor, seen, line, stop)
         print(flush=True)
         line("stopping")
     line("stopped")
     return 0
+
+
+def _with_absolute_path(config: Config) -> Config:
+    """A model's directory is named from where the user stands; the workers stand elsewhere."""
+    path = Path(config.model.name).expanduser()
+    if not path.is_dir() or config.model.name in ("bundled", "toy"):
+        return config
+    served = config.model.served_name or config.model.name
+    return msgspec.structs.replace(
+        config, model=msgspec.structs.replace(config.model, name=str(path.resolve()), served_name=served)
+    )
 
 
 def _banner(resolved: Resolved) -> None:
@@ -85,12 +99,8 @@ def _banner(resolved: Resolved) -> None:
     sys.stdout.flush()
 
 
-class _Session:
-    failed = False
-
-
 @contextlib.contextmanager
-def _private_ray(line: Line) -> Iterator[_Session]:
+def _private_ray(line: Line) -> Iterator[None]:
     """A Ray of our own, with token authentication, on loopback, in a directory of its own; gone afterwards."""
     folder = tempfile.mkdtemp(prefix="tandem-", dir=_short_tmp())
     os.environ.update(
@@ -99,11 +109,12 @@ def _private_ray(line: Line) -> Iterator[_Session]:
         RAY_USAGE_STATS_ENABLED="0",
         RAY_DEDUP_LOGS="0",
         RAY_SERVE_LOG_TO_STDERR="0",
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # despite its name: Ray takes loopback as its address, and listens there only
     )
     os.environ.pop("RAY_ADDRESS", None)  # a foreign Ray on this machine is none of our business
+    os.chdir(folder)  # Ray's workers look for modules where it was started: not among somebody else's api/ and models/
     import ray
 
-    session = _Session()
     try:
         ray.init(
             address="local",
@@ -118,7 +129,7 @@ def _private_ray(line: Line) -> Iterator[_Session]:
             _temp_dir=folder,
         )
         line("Ray is up (its own, private to this command)")
-        yield session
+        yield
     finally:
         _shut_down(ray)
         shutil.rmtree(folder, ignore_errors=True)
@@ -151,7 +162,6 @@ def _shut_down(ray: Any) -> None:
 
 def _deploy(config: Any, secret: bytes, line: Line) -> Any:
     """Hand the application to Serve without waiting for it. -> the scheduler's actor."""
-    import msgspec
     from ray import serve
 
     from cluster.app import application
@@ -187,12 +197,11 @@ def _is_healthy(config: Any) -> bool:
         return False
 
 
-def _wait_until_ready(config: Any, actor: Any, line: Line, stop: threading.Event) -> bool:
+def _wait_until_ready(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop: threading.Event) -> bool:
     """Print each worker's phases as they come; True once /health says so. Raises ConfigError when a worker cannot start."""
-    seen: set[tuple[str, str]] = set()
     deadline = time.monotonic() + START_TIMEOUT_S
     while not stop.is_set():
-        _print_phases(actor, seen, line)
+        _print_phases(actor, seen, line, stop_on_failure=True)
         if _is_healthy(config):
             return True
         _raise_if_failed()
@@ -202,7 +211,7 @@ def _wait_until_ready(config: Any, actor: Any, line: Line, stop: threading.Event
     return False
 
 
-def _print_phases(actor: Any, seen: set[tuple[str, str]], line: Line) -> dict[str, Any]:
+def _print_phases(actor: Any, seen: set[tuple[str, str]], line: Line, stop_on_failure: bool = False) -> dict[str, Any]:
     import ray
 
     try:
@@ -214,6 +223,8 @@ def _print_phases(actor: Any, seen: set[tuple[str, str]], line: Line) -> dict[st
         if key not in seen:
             seen.add(key)
             line(f"{phase['name']:<10} {phase['phase']:<10} {phase['detail']} ({phase['elapsed_s']:.1f} s)")
+            if phase["phase"] == "failed" and stop_on_failure:
+                raise ConfigError(f"{phase['name']} cannot start: {phase['detail']}")
     return status
 
 
@@ -256,7 +267,7 @@ def _say_hello(config: Any, line: Line) -> None:
     print(
         f"""
   curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What does the prefill worker do, and what does the decode worker do?"}}]}}'
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "{QUESTION}"}}]}}'
 
 Ctrl-C stops everything that was started.
 """,
@@ -264,9 +275,8 @@ Ctrl-C stops everything that was started.
     )
 
 
-def _watch(config: Any, actor: Any, line: Line, stop: threading.Event) -> None:
+def _watch(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop: threading.Event) -> None:
     """Until interrupted: tell of workers that come later, die or return."""
-    seen: set[tuple[str, str]] = set()
     known: dict[str, str] = {}
     expected = config.prefill.replicas + config.decode.replicas
     while not stop.is_set():

@@ -1,5 +1,6 @@
-"""A whole cluster in one process, without Ray and without sockets: the same walk, workers and scheduler, so that a debugger can step
-through all of it.
+"""A whole cluster in one process, without Ray and without sockets: the same walk, workers and scheduler.
+
+A debugger can step through all of it.
 
 `tandem.LLM` runs on this. Every part is the one that Serve runs; only the network (loopback.py), the KV transport (memory) and
 `compute` (inline) are the small ones.
@@ -62,7 +63,8 @@ class LocalCluster:
         clock = asyncio.get_running_loop().time
         network = self._hub.network("scheduler")
         metrics = ClusterMetrics(assembly.served_name(self.config))
-        self.service = SchedulerService(Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching), network, clock, metrics)
+        scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
+        self.service = SchedulerService(scheduler, network, clock, metrics)
         await self.service.start()
 
         async def find_scheduler() -> str:

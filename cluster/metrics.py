@@ -158,9 +158,7 @@ class _StatusCollector:
             for worker in workers:
                 family.add_metric((model, worker["name"], worker["role"]), worker["stats"][key])
             yield family
-        usage = GaugeMetricFamily(
-            "vllm:kv_cache_usage_perc", "Share of KV blocks in use.", labels=("model_name", "engine", "role")
-        )
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Share of KV blocks in use.", labels=("model_name", "engine", "role"))
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "KV pool.", labels=("model_name", "engine", "block_size", "num_gpu_blocks")
         )

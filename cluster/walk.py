@@ -263,9 +263,7 @@ class Walk:
 
     def usage(self) -> Usage:
         completion = sum(len(choice.token_ids) for choice in self.choices)
-        return Usage(
-            self.request.prompt_len, completion, min(self.cached_tokens, self.request.prompt_len), self.num_resumptions
-        )
+        return Usage(self.request.prompt_len, completion, min(self.cached_tokens, self.request.prompt_len), self.num_resumptions)
 
     def finished_event(self) -> Finished:
         return Finished(self.usage(), self.timing(self.last_progress_at))

@@ -44,12 +44,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     device: Annotated[Literal["auto", "cpu", "cuda"], says("where workers compute")] = "auto"
     block_size: Annotated[CountOrAuto, says("tokens in a KV block; 0: 16 on a GPU, larger on a CPU")] = 0
     num_blocks_override: Annotated[Count | None, says("KV blocks of each worker, instead of what fits")] = None
-    kv_cache_bytes: Annotated[
-        int, Meta(ge=0, le=2**50), says("KV pool of each worker on a CPU; 0: a share of free memory")
-    ] = 0
-    gpu_memory_utilization: Annotated[
-        float, Meta(gt=0, le=1), says("share of a GPU's memory that a worker may fill")
-    ] = 0.9
+    kv_cache_bytes: Annotated[int, Meta(ge=0, le=2**50), says("KV pool of each worker on a CPU; 0: a share of free memory")] = 0
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1), says("share of a GPU's memory that a worker may fill")] = 0.9
     enable_prefix_caching: Annotated[bool, says("keep KV of finished prompts and reuse equal prefixes")] = True
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), says("what the seeds of requests without one are drawn from")] = 0
     quantization: Annotated[Literal["none"], says("of the weights")] = "none"
@@ -70,9 +66,7 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     replicas: Annotated[Count, says("decode workers")] = 1
     max_num_seqs: Annotated[Count, says("sequences in one decode step")] = 64
-    max_num_batched_tokens: Annotated[Count, says("tokens in one decode step, prompts it prefills itself included")] = (
-        256
-    )
+    max_num_batched_tokens: Annotated[Count, says("tokens in one decode step, prompts it prefills itself included")] = 256
     enable_chunked_prefill: Annotated[bool, says("a decode worker prefills in pieces, between others' tokens")] = True
     num_threads: Annotated[CountOrAuto, says("CPU threads of a decode worker; 0: its share of the cores")] = 0
 
@@ -83,9 +77,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     host: Annotated[Text, says("address to listen on; beyond loopback only with gateway.api_key")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65535), says("port of the OpenAI-compatible endpoint")] = 8000
     replicas: Annotated[Count, says("gateway processes")] = 1
-    api_key: Annotated[
-        str | None, says("clients send it as bearer token; in TANDEM_GATEWAY_API_KEY `ps` cannot see it")
-    ] = None
+    api_key: Annotated[str | None, says("clients send it as bearer token; in TANDEM_GATEWAY_API_KEY `ps` cannot see it")] = None
     max_body_bytes: Annotated[Bytes, says("largest HTTP body")] = 32 * 2**20
     request_timeout_s: Annotated[Seconds, says("a request, door to door")] = 3600.0
     keep_alive_s: Annotated[Seconds, says("an idle HTTP connection stays open")] = 30.0
@@ -109,9 +101,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     heartbeat_misses: Annotated[int, Meta(ge=2, le=1000), says("missed heartbeats, then a worker counts as dead")] = 3
     recovery_s: Annotated[Seconds, says("requests wait so long for a worker while none is alive, then 503")] = 60.0
     ttft_target_s: Annotated[Seconds, says("the promise: time to first token")] = 2.0
-    tpot_target_s: Annotated[
-        Seconds, says("the promise: time per output token; decode workers are filled up to it")
-    ] = 0.2
+    tpot_target_s: Annotated[Seconds, says("the promise: time per output token; decode workers are filled up to it")] = 0.2
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -120,9 +110,7 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     transport: Annotated[Literal["auto", "shm", "tcp"], says("auto: shm on one host, tcp between hosts")] = "auto"
     lease_s: Annotated[Seconds, says("decode holds reserved blocks so long for a prefill")] = 30.0
     timeout_s: Annotated[Seconds, says("one transfer, from its last block computed to verified")] = 30.0
-    bind_host: Annotated[Text, says("address of KV and control sockets; several hosts need one they can reach")] = (
-        "127.0.0.1"
-    )
+    bind_host: Annotated[Text, says("address of KV and control sockets; several hosts need one they can reach")] = "127.0.0.1"
     verify: Annotated[Literal[True], says("check every block's digest before decode reads it")] = True
 
 

@@ -64,7 +64,8 @@ def build_batch(chunks: SequenceOf[Chunk], layout: KVLayout, device: torch.devic
         assert end <= len(sequence.blocks) * layout.block_size, f"{sequence} has no block for token {end - 1}"
         token_ids += sequence.token_ids[begin:end]
         starts.append(begin - start)
-        spans.append(Span(start, chunk.num_tokens, begin, sequence.blocks[: layout.num_blocks_for(end)]))
+        blocks = sequence.blocks[: layout.num_blocks_for(end)]
+        spans.append(Span(start, chunk.num_tokens, begin, blocks, torch.tensor(blocks, device=device)))
         if is_scored(sequence):
             scored.append((sequence, len(logit_rows), chunk.num_tokens))
             logit_rows += range(start, len(token_ids))

@@ -135,7 +135,7 @@ class BlockPool:
     def allocate(self, n: int, after: int | None = None) -> list[int]:
         """n filling blocks with one reference each, or OutOfBlocks and nothing is taken.
 
-        Prefers ascending neighbours, because attention reads such a sequence without a copy. after: the sequence's present
+        Prefers ascending neighbours, so that transfers and reads run through memory in order. after: the sequence's present
         last block, whose right neighbour is the best choice.
         """
         return self._take(n, after, BlockState.FILLING)

@@ -100,6 +100,16 @@ class Llama:
             slots["lm_head.weight"] = Slot(self.head)
         return slots
 
+    def pack(self) -> None:
+        """Once the slots are filled: every matrix into the layout its device multiplies fastest, one after the other.
+
+        A head that is tied to the embedding becomes a matrix of its own: rows of a packed one cannot be looked up.
+        """
+        for layer in self.layers:
+            for name in ("qkv", "o", "gate_up", "down"):
+                setattr(layer, name, ops.pack(getattr(layer, name)))
+        self.head = ops.pack(self.head)
+
     def forward(self, batch: ForwardBatch, kv: Tensor, on_layer: OnLayer | None = None) -> Tensor:
         """Hidden states before the last norm, [num_tokens, hidden_size]."""
         config = self.config
@@ -125,9 +135,9 @@ class Llama:
             if on_layer is not None:
                 on_layer(index)
             attended = ops.attention(qk[:, : config.num_heads], rows, kv_layer, batch.attention, scale, layer.window)
-            hidden = ops.linear(attended, layer.o, layer.o_bias).add_(hidden)
+            hidden = ops.linear(attended, layer.o, layer.o_bias, hidden)
             inner = ops.linear(ops.rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias)
-            hidden = ops.linear(ops.silu_mul(inner), layer.down, layer.down_bias).add_(hidden)
+            hidden = ops.linear(ops.silu_mul(inner), layer.down, layer.down_bias, hidden)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

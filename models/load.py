@@ -63,13 +63,16 @@ def load_model(
 
     dtype "auto": float32 on the CPU, the checkpoint's own on a GPU. device "auto": a GPU if torch sees one.
     """
-    where = choose_device(device)
     path = locate(name, revision)
     config = read_config(path)
     if config.family == "toy":
         from models.toy import ToyModel, toy_hash
 
+        if device not in ("auto", "cpu"):
+            raise ConfigError(f"the toy model runs on the CPU only, not on {device!r} (--device)", param="model.device")
+        where = torch.device("cpu")
         return LoadedModel(ToyModel(config), config, toy_hash(), torch.float32, where, path, LoadProgress(0, 0, 0.0))
+    where = choose_device(device)
     kind = choose_dtype(dtype, where, config)
     files = open_checkpoint(path)
     from models.llama import Llama
@@ -78,6 +81,7 @@ def load_model(
         with torch.inference_mode():
             model = Llama(config, kind, where)
             digest, state = fill(files, model.slots(), progress)
+            model.pack()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ModelError(f"{path}: the weights do not fit into the memory of {where} ({error})") from error
     summary = xxhash.xxh3_128(digest)

@@ -42,9 +42,7 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 def _whole(path: Path) -> Path:
     if not (path / "config.json").exists():
-        raise ModelError(
-            f"{path} has no config.json; a model is a directory with config.json, tokenizer.json and *.safetensors"
-        )
+        raise ModelError(f"{path} has no config.json; a model is a directory with config.json, tokenizer.json and *.safetensors")
     return path
 
 
@@ -53,8 +51,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import constants, errors
 
     advice = (
-        f"check the network, HF_ENDPOINT (now {constants.ENDPOINT}) and HF_TOKEN, or download it elsewhere and give "
-        "its directory"
+        f"check the network, HF_ENDPOINT (now {constants.ENDPOINT}) and HF_TOKEN, or download it elsewhere and give its directory"
     )
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
@@ -63,9 +60,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
             f"{name} is gated: accept its licence at {constants.ENDPOINT}/{name} and set HF_TOKEN to a token of that account"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{constants.ENDPOINT} has no model {name}, or it is private: correct the name or set HF_TOKEN"
-        ) from error
+        raise ModelError(f"{constants.ENDPOINT} has no model {name}, or it is private: correct the name or set HF_TOKEN") from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"{name} has no revision {revision!r} at {constants.ENDPOINT}") from error
     except errors.LocalEntryNotFoundError as error:

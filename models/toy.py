@@ -76,7 +76,7 @@ class ToyModel:
         for span in spans:
             parent = ROOT
             if span.context_len:
-                parent = int(_read(kv, span.blocks, span.context_len - 1, span.context_len)[0, 0, 0, 0].view("<u8")[0])
+                parent = int(_read(kv, span.index, span.context_len - 1, span.context_len)[0, 0, 0, 0].view("<u8")[0])
             fresh.append(_kv_bytes(_chain(parent, token_ids[span.start : span.start + span.length])))
         for layer in range(NUM_LAYERS):
             rows = np.concatenate([new[layer] for new in fresh], axis=2)  # [2, kv_heads, num_tokens, head_dim]
@@ -88,7 +88,7 @@ class ToyModel:
         for span in spans:
             rows_wanted = [row for row in range(span.start, span.start + span.length) if row in wanted]
             if rows_wanted:
-                read = _read(kv, span.blocks, 0, span.context_len + rows_wanted[-1] - span.start + 1)
+                read = _read(kv, span.index, 0, span.context_len + rows_wanted[-1] - span.start + 1)
                 for row in rows_wanted:
                     known = read[:, :, :, : span.context_len + row - span.start + 1]
                     hidden[row] = xxhash.xxh3_64_intdigest(np.ascontiguousarray(known).tobytes())
@@ -104,10 +104,9 @@ class ToyModel:
         return torch.from_numpy(logits)
 
 
-def _read(kv: Tensor, blocks: Sequence[int], start: int, end: int) -> np.ndarray:
+def _read(kv: Tensor, index: Tensor, start: int, end: int) -> np.ndarray:
     """Tokens [start, end) of a sequence: uint8 [layers, 2, kv_heads, end - start, head_dim], contiguous tokens."""
     block_size = kv.shape[4]
     first = start // block_size
-    wanted = torch.tensor(blocks[first : -(-end // block_size)])
-    gathered = kv[:, wanted].permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+    gathered = kv[:, index[first : -(-end // block_size)]].permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
     return gathered[:, :, :, start - first * block_size : end - first * block_size].contiguous().numpy()

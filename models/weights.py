@@ -87,9 +87,7 @@ class SafetensorsFile:
         if not 0 <= start <= end:
             raise ValueError(f"data_offsets of {name}")
         if self._data_at + end > self.nbytes:
-            raise ModelError(
-                f"{self.path} has {self.nbytes} bytes, but tensor {name} ends at byte {self._data_at + end}; {AGAIN}"
-            )
+            raise ModelError(f"{self.path} has {self.nbytes} bytes, but tensor {name} ends at byte {self._data_at + end}; {AGAIN}")
         dtype = DTYPES.get(entry["dtype"])
         if dtype is not None and count * dtype.itemsize != end - start:
             raise ValueError(f"{name} of shape {entry['shape']} and {entry['dtype']} takes {end - start} bytes")

@@ -96,9 +96,7 @@ def overflowing(admit: Admit, queue: Queue, drain: float, draw: Callable[[], flo
         )
         return error, "tenant_share"
     text = f"the queue is full: {len(queue)} requests with {queue.num_tokens} tokens wait"
-    error = Overloaded(
-        f"{text} (scheduler.max_queue_{bound} = {limit})", param=f"scheduler.max_queue_{bound}", retry_after=after
-    )
+    error = Overloaded(f"{text} (scheduler.max_queue_{bound} = {limit})", param=f"scheduler.max_queue_{bound}", retry_after=after)
     return error, f"queue_{bound}"
 
 

@@ -210,3 +210,14 @@ def test_batch_puts_single_tokens_first_and_positions_right(llama: tuple[LoadedM
     assert batch.logit_rows.tolist() == [0, 12]
     with pytest.raises(AssertionError, match="no block"):
         build_batch([Chunk(engine.add("none", [5, 6]), 2)], engine.layout, torch.device("cpu"))
+
+
+def test_warm_up_and_poison_leave_the_pool_as_asked(llama: tuple[LoadedModel, Judge]) -> None:
+    engine = Offline(llama[0], block_size=BLOCK_SIZE)
+    engine.runner.warm_up()
+    assert not engine.kv[:, 0].any()
+    assert bool(engine.kv[:, 1:].isnan().all())
+    engine.runner.fill_block(2, 7.0)
+    engine.runner.copy_block(2, 1)
+    assert bool((engine.kv[:, 1] == 7.0).all())
+    assert bool(engine.kv[:, 3].isnan().all())

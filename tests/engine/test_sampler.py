@@ -182,9 +182,7 @@ def test_logprobs_are_the_models_own() -> None:
     assert whole.top[whole.rank - 1][0] == entry.token
 
 
-@pytest.mark.parametrize(
-    "sampling", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.0, "presence_penalty": 1.0}]
-)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.0, "presence_penalty": 1.0}])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_poisoned_row_fails_alone(sampling: dict[str, Any], poison: float) -> None:
     logits = torch.randn(3, VOCAB_SIZE)

@@ -25,12 +25,17 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 13, 16, 33])
 @pytest.mark.parametrize(("out_width", "in_width"), [(7, 5), (64, 48), (129, 33)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear(rows: int, out_width: int, in_width: int, bias: bool) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_linear(rows: int, out_width: int, in_width: int, bias: bool, packed: bool) -> None:
     x, weight = random(rows, in_width), random(out_width, in_width, seed=1)
     b = random(out_width, seed=2) if bias else None
-    found = ops.linear(x, weight, b)
+    wanted = reference.linear(x, weight, b)
+    matrix = ops.pack(weight) if packed else weight
+    found = ops.linear(x, matrix, b)
     assert found.is_contiguous()
-    assert relative_error(found, reference.linear(x, weight, b)) < 1e-6
+    assert relative_error(found, wanted) < 1e-6
+    residual = random(rows, out_width, seed=3)
+    assert relative_error(ops.linear(x, matrix, b, residual.clone()), wanted + residual) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,7 +109,7 @@ def make_case(
             first = blocks[token // block_size] * 2 * num_kv_heads * block_size + token % block_size
             lanes = [[first + (kind * num_kv_heads + head) * block_size for head in range(num_kv_heads)] for kind in (0, 1)]
             slots.append(lanes)
-        spans.append(ops.Span(start, length, context, blocks))
+        spans.append(ops.Span(start, length, context, blocks, torch.tensor(blocks)))
         full.append(tokens)
         rows.append(tokens[context:])
         start += length

@@ -33,7 +33,8 @@ def hash_of(folder: Path) -> str:
     return load_model(str(folder), device="cpu").model_hash
 
 
-def test_progress_and_values(checkpoint: Path) -> None:
+def test_progress_and_values(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Llama, "pack", lambda self: None)  # packed matrices cannot be looked into
     seen: list[LoadProgress] = []
     loaded = load_model(str(checkpoint), device="cpu", progress=seen.append)
     assert isinstance(loaded.model, Llama)
@@ -159,6 +160,8 @@ def test_missing_files(checkpoint: Path, tmp_path: Path) -> None:
 def test_dtype_and_device_are_checked(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="dtype must be auto or one of"):
         load_model(str(checkpoint), dtype="int3", device="cpu")
+    with pytest.raises(ConfigError, match="the toy model runs on the CPU only"):
+        load_model("toy", device="cuda")
     with pytest.raises(ConfigError, match="device must be auto, cpu or cuda"):
         load_model(str(checkpoint), device="tpu")
 

@@ -16,9 +16,7 @@ def chain(tokens: list[int]) -> list[bytes]:
 
 
 @given(
-    inserts=st.lists(
-        st.tuples(st.integers(0, 6), st.lists(st.integers(0, 1), min_size=1, max_size=6), st.booleans()), max_size=40
-    ),
+    inserts=st.lists(st.tuples(st.integers(0, 6), st.lists(st.integers(0, 1), min_size=1, max_size=6), st.booleans()), max_size=40),
     query=st.lists(st.integers(0, 1), max_size=8),
 )
 @settings(max_examples=200, deadline=None)

@@ -51,7 +51,7 @@ class Served:
             return error.code, json.loads(error.read())
 
     def status(self) -> dict[str, Any]:
-        return json.loads(self.get("/dashboard/data?once=1")[1])
+        return json.loads(self.get("/dashboard/data?once=1")[1])["status"]
 
     def is_healthy(self) -> bool:
         with contextlib.suppress(OSError):

@@ -30,7 +30,7 @@ def served(tmp_path_factory):
     (folder / "models").mkdir()
     for name in ("api", "models"):
         (folder / name / "__init__.py").write_text("raise RuntimeError('the wrong package was imported')\n")
-    with serve(folder, "--prefill", "1", "--decode", "1") as running:
+    with serve(folder, "--prefill", "1", "--decode", "1", "--kv-cache-memory-bytes", "256MiB") as running:
         running.wait(lambda: len(alive(running)) == 2, 60, "both workers")
         yield running
 
@@ -236,5 +236,6 @@ def test_ctrl_c_stops_everything_and_leaves_nothing_behind(served):
     gone, left = psutil.wait_procs(children, timeout=5)
     assert not left, left
     with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections linger; a listener does not
         sock.bind(("127.0.0.1", served.port))
     assert "stopped" in served.tail()
