@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +77,7 @@ class LLM:
         *,
         dtype: str = "auto",
         max_model_len: int | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         prefill: int = 0,
         decode: int = 1,
         tensor_parallel_size: int = 1,
@@ -92,11 +92,13 @@ class LLM:
     ) -> None:
         if tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size above 1 is not built yet", param="tensor_parallel_size")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning idle threads cost more than they save; read when torch loads
         from cluster.local import LocalCluster
         from configs.load import load
 
         sets: dict[str, Any] = {
             "model.name": model,
+            "model.seed": seed,
             "model.dtype": dtype,
             "model.device": device,
             "model.max_len": max_model_len,
@@ -110,17 +112,17 @@ class LLM:
             "decode.max_num_batched_tokens": max_num_batched_tokens,
             "prefill.max_num_batched_tokens": max_num_batched_tokens,
             "scheduler.max_queue_requests": 1_000_000,
-            "scheduler.max_queue_tokens": 1 << 40,
+            "scheduler.max_queue_tokens": 10**12,
             "scheduler.max_queue_bytes": 1 << 40,
             "scheduler.queue_timeout_s": 1e6,
             "scheduler.disaggregation_threshold": 0,
+            "gateway.request_timeout_s": 1e6,
             "gateway.prefill_timeout_s": 1e6,
             "gateway.token_timeout_s": 1e6,
             "transfer.lease_s": 1e6,
             **{name.replace("__", "."): value for name, value in keys.items()},
         }
         config = load(flags={key: value for key, value in sets.items() if value is not None}, env={}).config
-        self._seeds = random.Random(seed)
         self._ids = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._cluster = LocalCluster(config)
@@ -181,8 +183,6 @@ class LLM:
             raise InvalidRequest('a prompt is a string, {"prompt": str} or {"prompt_token_ids": list}', param="prompts")
         room = self._cluster.max_model_len - len(token_ids)
         changes: dict[str, Any] = {}
-        if sampling.seed is None:
-            changes["seed"] = self._seeds.getrandbits(63)
         if sampling.max_tokens is None or sampling.max_tokens > room > 0:
             changes["max_tokens"] = max(1, room)
             changes["min_tokens"] = min(sampling.min_tokens, max(1, room))

@@ -247,8 +247,6 @@ def _job(
     num_top: int,
 ) -> Job:
     _check_names(body)
-    if sampling.seed is None:
-        sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
     unique = secrets.token_hex(12)
     salt = settings.cache_salt(tenant, body.cache_salt or "")
     requests = []

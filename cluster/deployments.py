@@ -215,6 +215,8 @@ async def _tell_failure(network: SocketNetwork, find: SchedulerFinder, name: str
 
 def _import_engine(config: Config) -> tuple[Any, Any]:
     """torch is imported here, off the event loop: seconds that a heartbeat must not wait for."""
+    # Idle OpenMP threads that spin starve the other role on a shared core; libgomp reads this when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from cluster import assembly
 
     def threads(role: str) -> int:
@@ -236,9 +238,11 @@ def _replica_index() -> int:
 
 
 def _keep_serve_inside(host: str) -> None:
-    """Serve opens a gRPC server in every replica, on all interfaces, unauthenticated, and it unpickles what arrives. Nothing of ours
-    uses it: it is bound to the address that our own sockets have, loopback unless somebody asked for more. Called from a
-    replica's constructor, which runs before Serve opens it."""
+    """Serve opens a gRPC server in every replica, on all interfaces, unauthenticated, and it unpickles what arrives.
+
+    Nothing of ours uses it: it is bound to the address that our own sockets have, loopback unless somebody asked for more. Called
+    from a replica's constructor, which runs before Serve opens it.
+    """
     from ray.serve._private import replica
 
     bind = replica.add_port_to_grpc_server
@@ -246,7 +250,7 @@ def _keep_serve_inside(host: str) -> None:
 
 
 def _title(name: str) -> None:
-    """`tandem:decode:0` in ps and top. Ray names its processes anew around each task, so its own way of doing that is taken away."""
+    """`tandem:decode:0` in ps and top. Ray would name the process anew around each task: its way of doing so is taken away."""
     ray._raylet.setproctitle(f"tandem:{name}")
     ray._raylet.setproctitle = lambda title: None
     # Ctrl-C in a terminal reaches the whole process group; only the command itself decides what happens then.

@@ -19,6 +19,7 @@ from api.backend import ModelCard, Settings, hash_api_key
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
 from cluster.gateway import Gateway, Limits
+from cluster.preflight import max_model_len
 from configs.schema import Config
 from models.config import read_config
 from models.locate import locate
@@ -41,6 +42,7 @@ def limits_of(config: Config) -> Limits:
         prefill_timeout_s=gateway.prefill_timeout_s,
         token_timeout_s=gateway.token_timeout_s,
         recovery_timeout_s=gateway.recovery_timeout_s,
+        request_timeout_s=gateway.request_timeout_s,
         lease_s=config.transfer.lease_s,
     )
 
@@ -58,7 +60,7 @@ class Door:
     ) -> None:
         folder = locate(config.model.name, config.model.revision)
         model = read_config(folder)
-        self._tokenizer = Tokenizer(folder)
+        self._tokenizer = Tokenizer(folder, config.model.chat_template)
         self._config = config
         self._status: dict[str, Any] = {}
         self._reason = "starting: no worker has reported yet"
@@ -66,7 +68,7 @@ class Door:
         self._card = ModelCard(
             id=served,
             root=str(folder),
-            max_model_len=min(config.model.max_len or model.max_position_embeddings, model.max_position_embeddings),
+            max_model_len=max_model_len(config, model),
             vocab_size=model.vocab_size,
             eos_token_ids=model.eos_token_ids,
             created=int(time.time()),
@@ -79,6 +81,7 @@ class Door:
             lambda request: Detokenizer.for_request(self._tokenizer, request),
             asyncio.get_running_loop().time,
             limits_of(config),
+            config.model.seed,
         )
         key = config.gateway.api_key
         settings = Settings(

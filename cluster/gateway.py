@@ -15,8 +15,9 @@ inside one process (`tandem.LLM`) and in fault tests. What one request has been 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import secrets
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
@@ -69,6 +70,7 @@ class Limits(msgspec.Struct, frozen=True):
     prefill_timeout_s: float = 300.0  # reserved -> first token
     token_timeout_s: float = 60.0  # silence between two tokens
     recovery_timeout_s: float = 30.0  # how long to look for a scheduler or a worker that comes back
+    request_timeout_s: float = 3600.0  # door to door
     lease_s: float = 30.0
 
 
@@ -76,6 +78,8 @@ class Gateway:
     """Drives every request of one gateway replica.
 
     find_scheduler: where the scheduler listens now (it may have moved). detokenizer: makes one per choice of a request.
+    seed: what the seeds of requests without one are drawn from, in the order in which they come to this gateway, beginning anew
+    with it; None: from the system's randomness.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Gateway:
         detokenizer: Callable[[Request], Detokenizer],
         clock: Clock,
         limits: Limits | None = None,
+        seed: int | None = None,
     ) -> None:
         self.gateway_id = gateway_id
         self.limits = limits or Limits()
@@ -93,6 +98,8 @@ class Gateway:
         self._find_scheduler = find_scheduler
         self._detokenizer = detokenizer
         self._clock = clock
+        # Each gateway draws its own numbers, or two of them would answer in step.
+        self._seeds = random.SystemRandom() if seed is None else random.Random(f"{seed}/{gateway_id}")
         self._walks: dict[str, Walk] = {}
         self._scheduler_address: str | None = None
         self._beat: asyncio.Task[None] | None = None
@@ -120,7 +127,7 @@ class Gateway:
         """
         assert request.request_id not in self._walks, "request ids are ours and unique"
         if request.sampling.seed is None:  # drawn once, so that a resumption draws the same numbers
-            seeded = msgspec.structs.replace(request.sampling, seed=secrets.randbits(64))
+            seeded = msgspec.structs.replace(request.sampling, seed=self._seeds.getrandbits(64))
             request = msgspec.structs.replace(request, sampling=seeded)
         walk = Walk(request, self._detokenizer, self._clock())
         self._walks[request.request_id] = walk
@@ -128,9 +135,10 @@ class Gateway:
         try:
             while True:
                 try:
-                    ticket = await self._admit(walk)
-                    grant = await self._reserve(walk, ticket)
-                    await self._prefill(walk, ticket, grant)
+                    async with self._in_time(walk):
+                        ticket = await self._admit(walk)
+                        grant = await self._reserve(walk, ticket)
+                        await self._prefill(walk, ticket, grant)
                     while not walk.is_complete:
                         for event in await self._receive(walk):
                             yield event
@@ -151,6 +159,24 @@ class Gateway:
         finally:
             self._leave(walk, failure)
 
+    @contextlib.asynccontextmanager
+    async def _in_time(self, walk: Walk) -> AsyncIterator[None]:
+        """Steps of a walk, ended when the request as a whole has had its time."""
+        try:
+            async with asyncio.timeout(self._seconds_left(walk)) as scope:
+                yield
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise self._out_of_time() from None
+
+    def _seconds_left(self, walk: Walk) -> float:
+        return walk.received_at + self.limits.request_timeout_s - self._clock()
+
+    def _out_of_time(self) -> DeadlineExceeded:
+        limit = f"{self.limits.request_timeout_s:g} s (gateway.request_timeout_s)"
+        return DeadlineExceeded(f"the request took longer than {limit}", param="gateway.request_timeout_s")
+
     async def _admit(self, walk: Walk) -> Ticket:
         request = walk.request
         walk.move(Phase.QUEUED)
@@ -169,7 +195,7 @@ class Gateway:
                 resumption=walk.num_attempts > 0,
                 local_prefill=walk.needs_local_prefill,
                 last_epoch=walk.epoch,
-                deadline_s=self.limits.queue_timeout_s,
+                deadline_s=min(self.limits.queue_timeout_s, max(0.0, self._seconds_left(walk))),
             ),
             self.limits.queue_timeout_s + CALL_TIMEOUT_S,
         )
@@ -200,10 +226,13 @@ class Gateway:
     async def _receive(self, walk: Walk) -> list[Event]:
         """Wait for the next frame of this request and turn it into events. Raises what ended the attempt."""
         timeout = self.limits.token_timeout_s if walk.attempt.has_tokens else self.limits.prefill_timeout_s
+        seconds_left = self._seconds_left(walk)
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(min(timeout, seconds_left)):
                 item = await walk.inbox.get()
         except TimeoutError:
+            if seconds_left <= timeout:
+                raise self._out_of_time() from None
             raise WorkerLost(f"no token of {walk.request.request_id} for {timeout:.0f} s") from None
         if isinstance(item, PeerLost):
             raise WorkerLost(f"the {item.role} worker of {walk.request.request_id} is gone")
@@ -222,6 +251,8 @@ class Gateway:
         if walk.phase is Phase.QUEUED:  # the scheduler's own answer, and it is final
             raise error
         self._cancel(walk)
+        if self._seconds_left(walk) <= 0:
+            raise self._out_of_time() from error
         walk.blame(error)
         if not isinstance(error, RETRYABLE) or walk.num_attempts >= MAX_ATTEMPTS:
             raise error

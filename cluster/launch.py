@@ -85,9 +85,8 @@ def _banner(resolved: Resolved) -> None:
     model = config.model
     print(f"Tandem: {model.served_name or model.name} from {locate(model.name, model.revision)}")
     if model.name == "bundled":
-        print(
-            "        a 3-million-parameter demonstration model trained on Python's standard library; it is here to show the walk, not to be wise"
-        )
+        print("        a 3-million-parameter demonstration model, trained on Python's standard library and questions about Tandem:")
+        print("        it is here to show the walk, not to be wise")
     if model.name == "toy":
         print("        a hash function in the shape of a model: its text means nothing, and any wrong byte of KV changes it")
     print(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 
+import msgspec
+
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
 from cluster import assembly
@@ -39,7 +41,9 @@ class LocalCluster:
         encoded: bool = False,
         transports: tuple[str, ...] = ("memory",),
     ) -> None:
-        self.config = config
+        # A step that takes seconds holds up heartbeats too when all is one event loop; nobody can die alone here anyway.
+        patient = msgspec.structs.replace(config.scheduler, heartbeat_misses=1000)
+        self.config = msgspec.structs.replace(config, scheduler=patient)
         self.transports = transports
         self.loaded = loaded if loaded is not None else assembly.load(config)
         self.tokenizer = Tokenizer(locate(config.model.name, config.model.revision or None))

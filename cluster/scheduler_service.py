@@ -6,7 +6,6 @@ One per cluster; a named detached Ray actor holds it in production (`deployments
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 
@@ -158,8 +157,19 @@ class SchedulerService:
                 future.set_exception(from_failure(failure))
 
     async def _tick(self) -> None:
+        """Silence counts only while we ourselves were listening: after a stop or starvation of this process everybody gets a
+        full period of patience again, or one late tick would declare the whole cluster dead."""
+        patience = self.scheduler.config.heartbeat_s * self.scheduler.config.heartbeat_misses
+        deaf_until = self._clock()
         while True:
+            before = self._clock()
             await asyncio.sleep(TICK_S)
-            with contextlib.suppress(asyncio.InvalidStateError):
-                self.scheduler.tick(self._clock())
+            now = self._clock()
+            if now - before > 4 * TICK_S:
+                deaf_until = now + patience
+            try:
+                if now >= deaf_until:
+                    self.scheduler.tick(now)
                 self._decide()
+            except Exception:
+                log.exception("a tick of the scheduler failed")

@@ -21,7 +21,7 @@ BYTE_KEYS = frozenset({"model.kv_cache_bytes", "gateway.max_body_bytes", "schedu
 Count = Annotated[int, Meta(ge=1, le=2**24)]
 CountOrAuto = Annotated[int, Meta(ge=0, le=2**24)]
 Bytes = Annotated[int, Meta(ge=1024, le=2**50)]
-Seconds = Annotated[float, Meta(gt=0, le=86400)]
+Seconds = Annotated[float, Meta(gt=0, le=10**7)]
 Text = Annotated[str, Meta(min_length=1)]
 
 
@@ -47,7 +47,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     kv_cache_bytes: Annotated[int, Meta(ge=0, le=2**50), says("KV pool of each worker on a CPU; 0: a share of free memory")] = 0
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1), says("share of a GPU's memory that a worker may fill")] = 0.9
     enable_prefix_caching: Annotated[bool, says("keep KV of finished prompts and reuse equal prefixes")] = True
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1), says("what the seeds of requests without one are drawn from")] = 0
+    seed: Annotated[
+        Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
+        says("seeds of requests without one are drawn from it, in their order at each gateway; none: at random"),
+    ] = None
     quantization: Annotated[Literal["none"], says("of the weights")] = "none"
     chat_template: Annotated[str | None, says("a Jinja file, instead of the model's own template")] = None
 
@@ -79,7 +82,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     replicas: Annotated[Count, says("gateway processes")] = 1
     api_key: Annotated[str | None, says("clients send it as bearer token; in TANDEM_GATEWAY_API_KEY `ps` cannot see it")] = None
     max_body_bytes: Annotated[Bytes, says("largest HTTP body")] = 32 * 2**20
-    request_timeout_s: Annotated[Seconds, says("a request, door to door")] = 3600.0
+    request_timeout_s: Annotated[Seconds, says("a request, door to door, then 504")] = 3600.0
     keep_alive_s: Annotated[Seconds, says("an idle HTTP connection stays open")] = 30.0
     prefill_timeout_s: Annotated[Seconds, says("reservation to first token, then another attempt")] = 300.0
     token_timeout_s: Annotated[Seconds, says("silence between two tokens, then another attempt")] = 60.0
@@ -91,7 +94,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     policy: Annotated[Literal["fcfs"], says("order of the queue")] = "fcfs"
     max_queue_requests: Annotated[Count, says("waiting requests, then 429 or 503")] = 1024
-    max_queue_tokens: Annotated[int, Meta(ge=1, le=10**11), says("prompt tokens waiting, then 429 or 503")] = 4_000_000
+    max_queue_tokens: Annotated[int, Meta(ge=1, le=10**12), says("prompt tokens waiting, then 429 or 503")] = 4_000_000
     max_queue_bytes: Annotated[Bytes, says("memory of what waits, then 429 or 503")] = 256 * 2**20
     queue_timeout_s: Annotated[Seconds, says("a request waits so long to be placed, then 504")] = 300.0
     disaggregation_threshold: Annotated[

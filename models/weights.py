@@ -1,32 +1,26 @@
 """Tensors out of safetensors files: mapped, checked, and copied once into the parameters they belong to.
 
-Reads the format itself (8 bytes of header length, a JSON header, the data), because every way in which a file can be wrong
-must become one sentence that names the file. Pages of the map are given back tensor by tensor, so that a checkpoint is
-never in memory twice. Called by models/load.py.
+What the headers say is read and checked in `checkpoint.py`. Pages of the map are given back tensor by tensor, so that a
+checkpoint is never in memory twice. Called by models/load.py.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 import xxhash
 from torch import Tensor
 
+from models.checkpoint import read_header, weight_files
 from protocol.errors import ModelError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-MAX_HEADER_NBYTES = 100_000_000
-INDEX_NAME = "model.safetensors.index.json"
-AGAIN = "the file is damaged or its download was cut short; fetch it again"
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -54,43 +48,16 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        header = read_header(path)
+        self.nbytes = header.nbytes
+        self._data_at = header.data_at
+        self._entries = header.entries
         try:
             with open(path, "rb") as file:
-                file.seek(0, 2)
-                self.nbytes = file.tell()
-                if self.nbytes < 8:
-                    raise ModelError(f"{path} has {self.nbytes} bytes and is no safetensors file; {AGAIN}")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}; fetch it again or correct its permissions") from error
-        (header_nbytes,) = struct.unpack("<Q", self._map[:8])
-        self._data_at = 8 + header_nbytes
-        if header_nbytes > min(MAX_HEADER_NBYTES, self.nbytes - 8):
-            raise ModelError(f"{path} claims a header of {header_nbytes} bytes in a file of {self.nbytes}; {AGAIN}")
-        try:
-            header = json.loads(self._map[8 : self._data_at])
-            header.pop("__metadata__", None)
-            self._entries: dict[str, dict[str, Any]] = header
-            for name, entry in header.items():
-                self._check(name, entry)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path} has no readable safetensors header ({error}); {AGAIN}") from error
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be mapped: {error}; fetch it again or correct its permissions") from error
         self._whole = torch.frombuffer(self._map, dtype=torch.uint8)
-
-    def _check(self, name: str, entry: dict[str, Any]) -> None:
-        start, end = entry["data_offsets"]
-        count = 1
-        for size in entry["shape"]:
-            if not isinstance(size, int) or size < 0:
-                raise ValueError(f"shape of {name}")
-            count *= size
-        if not 0 <= start <= end:
-            raise ValueError(f"data_offsets of {name}")
-        if self._data_at + end > self.nbytes:
-            raise ModelError(f"{self.path} has {self.nbytes} bytes, but tensor {name} ends at byte {self._data_at + end}; {AGAIN}")
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is not None and count * dtype.itemsize != end - start:
-            raise ValueError(f"{name} of shape {entry['shape']} and {entry['dtype']} takes {end - start} bytes")
 
     def names(self) -> list[str]:
         """In the order of the file, which is the order to read it in."""
@@ -129,24 +96,8 @@ class SafetensorsFile:
 
 
 def open_checkpoint(folder: Path) -> list[SafetensorsFile]:
-    """Every weight file of a model directory: those of the index, or model.safetensors, or whatever *.safetensors is there."""
-    index = folder / INDEX_NAME
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} is no index of safetensors files ({error}); fetch it again") from error
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise ModelError(f"{folder} lacks {len(missing)} of {len(names)} weight files, first {missing[0]}; fetch it again")
-        return [SafetensorsFile(folder / name) for name in names]
-    single = folder / "model.safetensors"
-    paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-    if not paths:
-        others = [path.name for suffix in ("*.bin", "*.pth", "*.gguf", "*.pt") for path in folder.glob(suffix)]
-        hint = f"; it has {others[0]}, which is not read: convert it with transformers' save_pretrained" if others else ""
-        raise ModelError(f"{folder} holds no *.safetensors weights{hint}")
-    return [SafetensorsFile(path) for path in paths]
+    """Every weight file of a model directory. Raises ModelError."""
+    return [SafetensorsFile(path) for path in weight_files(folder)]
 
 
 def fill(

@@ -49,7 +49,7 @@ async def test_a_completion(client: httpx.AsyncClient, backend: FakeBackend) -> 
     assert got["metrics"]["queue_time_ms"] == 1.0
     assert backend.tokenizer.decode(request.prompt_token_ids) == "hi there"
     assert request.model == "m"
-    assert request.sampling.seed is not None
+    assert request.sampling.seed is None  # the gateway draws it, one for each prompt
 
 
 async def test_a_chat_completion(client: httpx.AsyncClient, backend: FakeBackend) -> None:

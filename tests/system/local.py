@@ -29,9 +29,7 @@ async def cluster(transports: tuple[str, ...] = ("memory",), **keys: Any) -> Asy
         "prefill.replicas": 1,
         **{name.replace("__", "."): value for name, value in keys.items()},
     }
-    made = LocalCluster(
-        load(flags=sets, env={}).config, load_model(str(sets["model.name"])), encoded=True, transports=transports
-    )
+    made = LocalCluster(load(flags=sets, env={}).config, load_model(str(sets["model.name"])), encoded=True, transports=transports)
     await made.start()
     try:
         yield made

@@ -195,9 +195,7 @@ def test_a_killed_worker_costs_no_stream_its_end(served, victim):
         ends = [stream.result(timeout=180) for stream in streams]
     assert all(len(end) == 1 for end in ends), ends
     print(f"\n{victim} killed: answers after {recovery:.1f} s; ends: {sorted({end[0] for end in ends})}")
-    served.wait(
-        lambda: alive(served).get(victim, before)["incarnation"] != before["incarnation"], 60, f"{victim} is back"
-    )
+    served.wait(lambda: alive(served).get(victim, before)["incarnation"] != before["incarnation"], 60, f"{victim} is back")
     idle(served)
     assert alive(served)[victim]["stats"]["num_free_blocks"] == before["stats"]["num_free_blocks"]
 
@@ -214,7 +212,8 @@ def terminal_events(served: Served, body: dict) -> list[str]:
     data = json.dumps(body).encode()
     found: list[str] = []
     with socket.create_connection(("127.0.0.1", served.port), timeout=170) as sock:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+        lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+        head = "\r\n".join([*lines, "Connection: close", "", ""])
         sock.sendall(head.encode() + data)
         text = b""
         while chunk := sock.recv(65536):
