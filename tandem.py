@@ -14,9 +14,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -60,6 +62,29 @@ class RequestOutput:
 
 
 Prompt = str | dict[str, Any]
+_T = TypeVar("_T")
+
+
+def _run(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, _T]) -> _T:
+    """On our loop in this thread; in a thread beside it where a loop runs here already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return loop.run_until_complete(work)
+    with ThreadPoolExecutor(1) as beside:
+        return beside.submit(loop.run_until_complete, work).result()
+
+
+def _close(cluster: Any, loop: asyncio.AbstractEventLoop) -> None:
+    async def end() -> None:
+        await cluster.close()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    _run(loop, end())
+    loop.close()
 
 
 class LLM:
@@ -126,7 +151,8 @@ class LLM:
         self._ids = itertools.count()
         self._loop = asyncio.new_event_loop()
         self._cluster = LocalCluster(config)
-        self._loop.run_until_complete(self._cluster.start())
+        self._run(self._cluster.start())
+        self._finalizer = weakref.finalize(self, _close, self._cluster, self._loop)  # at the latest when Python ends
 
     def __enter__(self) -> LLM:
         return self
@@ -136,9 +162,10 @@ class LLM:
 
     def close(self) -> None:
         """Give the model's and the pool's memory back. Idempotent."""
-        if not self._loop.is_closed():
-            self._loop.run_until_complete(self._cluster.close())
-            self._loop.close()
+        self._finalizer()
+
+    def _run(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return _run(self._loop, work)
 
     def get_tokenizer(self) -> Any:
         return self._cluster.tokenizer
@@ -158,7 +185,7 @@ class LLM:
         if len(params) != len(listed):
             raise InvalidRequest(f"{len(listed)} prompts, but {len(params)} sampling_params", param="sampling_params")
         requests = [self._request(prompt, sampling) for prompt, sampling in zip(listed, params, strict=True)]
-        return self._loop.run_until_complete(self._generate_all(requests, listed, use_tqdm))
+        return self._run(self._generate_all(requests, listed, use_tqdm))
 
     def chat(
         self, messages: Any, sampling_params: SamplingParams | None = None, use_tqdm: bool = True, **template: Any

@@ -18,7 +18,7 @@ import tokenizers
 
 from api.chat_template import ChatTemplate
 from api.pieces import Pieces
-from protocol.errors import InvalidRequest, ModelError
+from protocol.errors import ConfigError, InvalidRequest, ModelError
 
 LONG_TEXT_LEN = 2048  # characters; from here on encoding leaves the event loop (about 1 ms)
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -29,11 +29,11 @@ SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penal
 class Tokenizer:
     """tokenizer.json with its side files. Raises ModelError that names the file and what to do.
 
-    special_tokens: {"eos_token": "<|end|>", ...} as far as the model names them. default_sampling: what
-    generation_config.json recommends, under SamplingParams' names.
+    chat_template: a Jinja file that is used instead of the model's own template. special_tokens: {"eos_token": "<|end|>", ...}
+    as far as the model names them. default_sampling: what generation_config.json recommends, under SamplingParams' names.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, chat_template: str | Path | None = None) -> None:
         self.directory = Path(directory)
         path = self.directory / "tokenizer.json"
         if not path.is_file():
@@ -54,7 +54,7 @@ class Tokenizer:
         generation = self._json("generation_config.json")
         self.default_sampling = _default_sampling(generation)
         self.eos_token_ids = self._read_eos(generation)
-        self.chat_template = self._read_template(config)
+        self.chat_template = self._read_template(config) if chat_template is None else self._given_template(Path(chat_template))
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
     # ---- text and ids ----------------------------------------------------------------------------------------------
@@ -158,6 +158,15 @@ class Tokenizer:
         ids += [value] if isinstance(value, int) else value if isinstance(value, list) else []
         own = self.token_id(self.special_tokens["eos_token"]) if "eos_token" in self.special_tokens else None
         return tuple(dict.fromkeys([*ids, *([] if own is None else [own])]))
+
+    def _given_template(self, path: Path) -> ChatTemplate:
+        try:
+            source = path.expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            text = f"cannot read the chat template {path}: {reason} (--chat-template)"
+            raise ConfigError(text, param="model.chat_template") from None
+        return ChatTemplate(source, self.special_tokens, str(path))
 
     def _read_template(self, config: dict[str, Any]) -> ChatTemplate | None:
         """chat_template.jinja wins over tokenizer_config.json; of several named ones the "default"."""

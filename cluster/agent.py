@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
@@ -103,6 +104,11 @@ class Agent:
                     await self._canary()
             except Exception:
                 log.exception("a tick of %s failed", self.info.name)
+
+
+def new_incarnation(role: str, index: int) -> str:
+    """The name of one life of a worker; its identity, which no successor at the same address ever has."""
+    return f"{role}-{index}-{secrets.token_hex(6)}"
 
 
 async def tell_phase(network: Network, scheduler: str, phase: WorkerPhase) -> None:

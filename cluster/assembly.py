@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, TypeVar
 
-import psutil
-
 import decode.worker
 import prefill.worker
+from cluster.preflight import DEFAULT_BLOCK_SIZE, cpu_kv_bytes, max_model_len
 from configs.schema import Config
 from decode.worker import DecodeWorker
 from engine.batch import Chunk
@@ -37,10 +35,6 @@ from protocol.request import Request, SamplingParams
 
 _T = TypeVar("_T")
 Compute = Callable[[Callable[[], Any]], Awaitable[Any]]
-
-CPU_KV_SHARE = 0.2  # of the memory that is available at start, for all workers of this host together
-MIN_CPU_KV_BYTES, MAX_CPU_KV_BYTES = 256 << 20, 8 << 30
-DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}  # tokens
 
 
 class Engine(NamedTuple):
@@ -64,23 +58,17 @@ def build_engine(config: Config, loaded: LoadedModel, num_threads: int | None, n
     model = config.model
     device = str(loaded.device).split(":")[0]
     layout = loaded.kv_layout(model.block_size or DEFAULT_BLOCK_SIZE[device])
-    max_model_len = model.max_len or loaded.config.max_position_embeddings
-    num_blocks = model.num_blocks_override or _num_blocks(config, loaded, layout, max_model_len, num_sharers)
+    max_len = max_model_len(config, loaded.config)
+    num_blocks = model.num_blocks_override or _num_blocks(config, loaded, layout, max_len, num_sharers)
     kv = KVPool(layout, num_blocks, str(loaded.device))
     runner = ModelRunner(loaded, kv.tensor, layout, num_threads)
-    return Engine(loaded, layout, kv, BlockPool(num_blocks, layout.block_size, model.enable_prefix_caching), runner, max_model_len)
+    return Engine(loaded, layout, kv, BlockPool(num_blocks, layout.block_size, model.enable_prefix_caching), runner, max_len)
 
 
-def _num_blocks(config: Config, loaded: LoadedModel, layout: KVLayout, max_model_len: int, num_sharers: int) -> int:
+def _num_blocks(config: Config, loaded: LoadedModel, layout: KVLayout, max_len: int, num_sharers: int) -> int:
     if loaded.device.type == "cuda":
-        return num_blocks_on_gpu(layout, config.model.gpu_memory_utilization, max_model_len, loaded.device)
-    share = psutil.virtual_memory().available * CPU_KV_SHARE / num_sharers
-    budget = config.model.kv_cache_bytes or int(min(max(share, MIN_CPU_KV_BYTES), MAX_CPU_KV_BYTES))
-    return num_blocks_on_cpu(layout, budget, max_model_len)
-
-
-def new_incarnation(role: str, index: int) -> str:
-    return f"{role}-{index}-{secrets.token_hex(6)}"
+        return num_blocks_on_gpu(layout, config.model.gpu_memory_utilization, max_len, loaded.device)
+    return num_blocks_on_cpu(layout, cpu_kv_bytes(config, num_sharers), max_len)
 
 
 def build_decode(

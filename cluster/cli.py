@@ -11,12 +11,13 @@ import difflib
 import errno
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from configs.flags import FLAGS, Flag
 from configs.load import Resolved, load, presets
@@ -40,9 +41,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Never raises for what a user can get wrong: one sentence on stderr and a status."""
-    parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
     try:
+        parser = build_parser()
+        args, unknown = parser.parse_known_args(argv)
         if unknown:
             raise _unknown_option(unknown[0], args.command)
         if args.run is None:
@@ -65,9 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's own way would be a page of usage, then what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if found is not None:
+            nearest = difflib.get_close_matches(found[1], re.findall(r"\w+", found[2]), 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {found[2]}".replace("'", "")
+            raise ConfigError(f"unknown command {found[1]}; {hint}")
+        raise ConfigError(f"{message}; `{self.prog} --help` says more")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All commands there are. What is not built is not listed."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tandem",
         description="Serve a language model with prefill and decode on separate workers.",
         epilog="`tandem serve` alone serves the bundled model. `tandem COMMAND --help` says more.",
@@ -157,6 +170,9 @@ def run_serve(args: argparse.Namespace) -> int:
     resolved = resolve(args)
     check_nothing_shadows()
     check_port(resolved.config.gateway.host, resolved.config.gateway.port)
+    from cluster.preflight import examine
+
+    examine(resolved.config)
     from cluster.launch import run
 
     return run(resolved)

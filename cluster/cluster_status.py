@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import urllib.error
 import urllib.request
 from typing import Any
@@ -32,40 +33,63 @@ def lines(url: str, healthy: bool, reason: str, data: dict[str, Any]) -> list[st
     if not healthy or data.get("error"):
         out.append(f"  {data.get('error') or reason or data.get('reason') or 'no reason given'}")
     if status:
-        out += ["", *_workers(status.get("workers", ())), "", *_requests(status), "", *_latencies(status)]
+        out += ["", *_workers(status), "", *_requests(status), "", *_latencies(status)]
     return out
 
 
-def _workers(workers: Any) -> list[str]:
-    header = ("worker", "state", "running", "waiting", "blocks used", "free", "prompt tok", "output tok", "beat")
-    rows: list[tuple[str, ...]] = [header]
+def _workers(status: dict[str, Any]) -> list[str]:
+    workers = status.get("workers", ())
+    rows: list[tuple[str, ...]] = [
+        ("worker", "state", "running", "waiting", "KV blocks in use", "prefix kept", "last token", "heartbeat", "pid")
+    ]
     for worker in workers:
-        stats = worker.get("stats") or {}
-        rows.append(
-            (
-                worker["name"],
-                worker["state"],
+        stats, beat = worker.get("stats") or {}, f"{worker['beat_age_s']:.1f} s ago"
+        if worker["alive"]:
+            age = stats.get("last_token_age_s", -1.0)
+            now = (
                 str(stats.get("num_running", 0)),
                 str(stats.get("num_waiting", 0)),
                 f"{stats.get('num_used_blocks', 0)} of {worker['num_blocks']}",
-                str(stats.get("num_free_blocks", 0)),
-                str(stats.get("prompt_tokens", 0)),
-                str(stats.get("generation_tokens", 0)),
-                f"{worker['beat_age_s']:.1f} s ago",
+                str(stats.get("num_cached_blocks", 0)),
+                f"{age:.1f} s ago" if age >= 0 else "none yet",
             )
-        )
-    return _table(rows)
+        else:
+            now = ("-",) * 5  # what a dead worker said last is not true any more
+        rows.append((worker["name"], worker["state"], *now, beat, str(worker["pid"])))
+    return (_table(rows) if workers else ["no worker has registered yet"]) + _starting(status)
+
+
+def _starting(status: dict[str, Any]) -> list[str]:
+    """Of each name that nobody alive bears, how far its newest life is."""
+    alive = {worker["name"] for worker in status.get("workers", ()) if worker["alive"]}
+    newest = {phase["name"]: phase for phase in status.get("starting", ())}
+    return [
+        f"{name}  starting: {phase['phase']} {phase['detail']}".rstrip() + f", {phase['elapsed_s']:.1f} s"
+        for name, phase in newest.items()
+        if name not in alive and phase["phase"] != "ready"
+    ]
 
 
 def _requests(status: dict[str, Any]) -> list[str]:
     queue, flight, counters = status.get("queue", {}), status.get("in_flight", {}), status.get("counters", {})
     refused = ", ".join(f"{count} {reason}" for reason, count in status.get("rejections", {}).items())
-    return [
-        f"requests  {flight.get('prefilling', 0)} prefilling, {flight.get('decoding', 0)} decoding, "
-        f"{queue.get('requests', 0)} queued ({queue.get('tokens', 0)} tokens)",
-        f"ended     {counters.get('finished', 0)} finished, {counters.get('failed', 0)} failed, "
-        f"{counters.get('cancelled', 0)} cancelled" + (f"; refused: {refused}" if refused else ""),
+    oldest = f", the oldest for {queue['oldest_s']:.1f} s" if queue.get("requests") else ""
+    out = [
+        f"now        {flight.get('prefilling', 0)} prefilling, {flight.get('decoding', 0)} decoding, "
+        f"{queue.get('requests', 0)} queued ({queue.get('tokens', 0)} tokens{oldest})",
+        f"ended      {counters.get('finished', 0)} finished, {counters.get('failed', 0)} failed, "
+        f"{counters.get('cancelled', 0)} cancelled, {counters.get('rejected', 0)} refused" + (f" ({refused})" if refused else ""),
     ]
+    totals = status.get("totals", {})
+    sent, received = totals.get("prefill", {}), totals.get("decode", {})
+    out.append(
+        f"KV moved   {received.get('transfers', 0)} transfers verified, {received.get('transfer_bytes', 0) / 1e6:.1f} MB; "
+        f"failed: {sent.get('transfers_failed', 0)} at the sender, {received.get('transfers_failed', 0)} at the receiver, "
+        f"{received.get('digest_failures', 0)} of them by a wrong digest"
+    )
+    if counters.get("workers_lost") or counters.get("resumed"):
+        out.append(f"recovery   workers lost: {counters.get('workers_lost', 0)}, requests resumed: {counters.get('resumed', 0)}")
+    return out
 
 
 def _latencies(status: dict[str, Any]) -> list[str]:
@@ -81,12 +105,18 @@ def _latencies(status: dict[str, Any]) -> list[str]:
                     name.upper() if name != "e2e" else "end to end",
                     *(_seconds(values[q]) for q in ("p50", "p95", "p99")),
                     _seconds(limit) if limit is not None else "",
-                    f"{kept:.0%}" if kept is not None else "",
+                    _percent(kept) if kept is not None else "",
                 )
             )
+    window_s = status.get("window_s", 0)
     if len(rows) == 1:
-        return [f"no request has finished in the last {status.get('window_s', 0):.0f} s"]
-    return _table(rows)
+        return [f"no request has finished in the last {window_s:.0f} s"]
+    return [f"requests finished in the last {window_s:.0f} s:", *_table(rows)]
+
+
+def _percent(share: float) -> str:
+    """One decimal, never rounded up: 99.96 % is not 100 %."""
+    return f"{math.floor(share * 1000) / 10:.1f} %"
 
 
 def _seconds(value: float | None) -> str:

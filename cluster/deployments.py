@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +20,7 @@ import msgspec
 import ray
 from ray import serve
 
+from cluster.agent import Agent, new_incarnation, tell_phase
 from cluster.wire import SocketNetwork
 from configs.schema import Config
 from protocol.errors import TandemError, WorkerLost
@@ -30,6 +32,7 @@ NAMESPACE = "tandem"
 SCHEDULER_NAME = "tandem-scheduler"
 DRAIN_S = 20.0  # how long a worker that is to go lets its requests end
 START_TIMEOUT_S = 30.0
+PROGRESS_S = 1.0
 
 
 def decode_config(config_json: bytes) -> Config:
@@ -63,7 +66,7 @@ class SchedulerActor:
         async with self._lock:
             if self._network is None:
                 network = SocketNetwork("scheduler", self._secret, self._config.transfer.bind_host)
-                clock = asyncio.get_running_loop().time
+                clock = time.monotonic  # uvloop rounds its own clock to milliseconds
                 scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
                 self._service = SchedulerService(
                     scheduler, network, clock, ClusterMetrics(self._config.model.served_name or self._config.model.name)
@@ -74,7 +77,7 @@ class SchedulerActor:
 
     async def status(self) -> dict[str, Any]:
         await self.address()
-        return self._service.scheduler.status(asyncio.get_running_loop().time())
+        return self._service.scheduler.status(time.monotonic())
 
 
 def scheduler_actor(config_json: bytes, secret: bytes) -> Any:
@@ -127,6 +130,7 @@ class WorkerReplica:
         self._config = config = decode_config(config_json)
         index = _replica_index()
         self.name = f"{role}:{index}"
+        self._incarnation = new_incarnation(role, index)
         _title(self.name)
         _keep_serve_inside(config.transfer.bind_host)
         self._network = SocketNetwork(self.name, secret, config.transfer.bind_host)
@@ -137,40 +141,39 @@ class WorkerReplica:
         try:
             await self._start(role, index, secret)
         except Exception as error:
-            await _tell_failure(self._network, self._find, self.name, role, error)
+            await _tell_failure(self._network, self._find, self.name, role, self._incarnation, error)
             raise
 
     async def _start(self, role: str, index: int, secret: bytes) -> None:
         config = self._config
         loop = asyncio.get_running_loop()
         assembly, self._torch_threads = await loop.run_in_executor(self._compute_pool, _import_engine, config)
-        incarnation = assembly.new_incarnation(role, index)
+        incarnation = self._incarnation
         await self._phase("loading", config.model.name)
         num_workers = config.prefill.replicas + config.decode.replicas
 
         def build() -> Any:
-            loaded = assembly.load(config)
+            loaded = assembly.load(config, self._progress(loop))
             return assembly.build_engine(config, loaded, self._torch_threads(role), num_workers)
 
         self.engine = engine = await loop.run_in_executor(self._compute_pool, build)
         await self._phase("loaded", _describe(engine))
         compute, verify = self._executor(self._compute_pool), self._executor(self._verify_pool)
         transports = assembly.transports_of(config)
-        common = (config, engine, incarnation, self._network, loop.time, compute)
+        common = (config, engine, incarnation, self._network, time.monotonic, compute)
         if role == "decode":
             self.worker = assembly.build_decode(*common, verify, secret, transports)
         else:
             self.worker = assembly.build_prefill(*common, secret, transports)
         await self.worker.start()
-        canary = assembly.canary(engine, self.worker, compute, loop.time)
+        canary = assembly.canary(engine, self.worker, compute, time.monotonic)
         await canary()
-        from cluster.agent import Agent
-
         info = assembly.worker_info(role, self.name, incarnation, config, engine, self._network)
         self._agent = Agent(self.worker, info, self._network, self._find, config.scheduler.heartbeat_s, canary)
         self._loop_task = asyncio.create_task(self.worker.run())
         await self._agent.start()
-        await self._phase("ready", f"{engine.pool.num_blocks} blocks of {engine.layout.block_size} tokens")
+        kv = f"{engine.pool.num_blocks} blocks of {engine.layout.block_size} tokens, {engine.kv.nbytes / 1e9:.2f} GB of KV"
+        await self._phase("ready", kv)
 
     def check_health(self) -> None:
         """Serve calls this; a worker whose loop ended is replaced."""
@@ -191,25 +194,39 @@ class WorkerReplica:
         await self._agent.close()
         await self._network.close()
 
+    def _progress(self, loop: asyncio.AbstractEventLoop) -> Callable[[Any], None]:
+        """Tell how loading goes, at most once in PROGRESS_S; called in the engine's thread."""
+        last_told = time.monotonic()
+
+        def tell(progress: Any) -> None:
+            nonlocal last_told
+            if time.monotonic() - last_told < PROGRESS_S:
+                return
+            last_told = time.monotonic()
+            done, total = progress.bytes_done, progress.bytes_total
+            bar = "#" * int(20 * done / max(1, total))
+            detail = f"[{bar:<20}] {done / 1e9:.1f} of {total / 1e9:.1f} GB, {progress.gb_per_s:.1f} GB/s"
+            asyncio.run_coroutine_threadsafe(self._phase("loading", detail), loop)
+
+        return tell
+
     def _executor(self, pool: ThreadPoolExecutor) -> Any:
         loop = asyncio.get_running_loop()
         return lambda function: loop.run_in_executor(pool, function)
 
     async def _phase(self, phase: str, detail: str) -> None:
-        from cluster.agent import tell_phase
-
-        message = WorkerPhase(self.name, self._role, "", phase, detail, time.monotonic() - self._started)
+        message = WorkerPhase(self.name, self._role, self._incarnation, phase, detail, time.monotonic() - self._started)
         with contextlib.suppress(TandemError):
             await tell_phase(self._network, await self._find(), message)
 
 
-async def _tell_failure(network: SocketNetwork, find: SchedulerFinder, name: str, role: str, error: Exception) -> None:
+async def _tell_failure(
+    network: SocketNetwork, find: SchedulerFinder, name: str, role: str, incarnation: str, error: Exception
+) -> None:
     """Serve would try again for minutes before it says anything; a person should read it now."""
-    from cluster.agent import tell_phase
-
     detail = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
     with contextlib.suppress(TandemError):
-        await tell_phase(network, await find(), WorkerPhase(name, role, "", "failed", detail, 0.0))
+        await tell_phase(network, await find(), WorkerPhase(name, role, incarnation, "failed", detail, 0.0))
         await asyncio.sleep(0.2)  # let it leave before the process goes
 
 
@@ -229,7 +246,9 @@ def _import_engine(config: Config) -> tuple[Any, Any]:
 
 def _describe(engine: Any) -> str:
     loaded = engine.loaded
-    return f"{loaded.config.architecture} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}"
+    read = loaded.progress
+    speed = f"; {read.bytes_total / 1e9:.2f} GB at {read.gb_per_s:.1f} GB/s" if read.bytes_total else ""
+    return f"{loaded.config.architecture} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}{speed}"
 
 
 def _replica_index() -> int:
@@ -278,7 +297,7 @@ class GatewayReplica:
             self._door = Door(config, network, find, f"gateway:{index}", secret)
             await self._door.start()
         except Exception as error:
-            await _tell_failure(network, find, f"gateway:{index}", "gateway", error)
+            await _tell_failure(network, find, f"gateway:{index}", "gateway", "", error)
             raise
 
     async def __serve_build_asgi_app__(self) -> Any:

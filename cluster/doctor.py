@@ -355,7 +355,8 @@ def devices(config: Config) -> list[Finding]:
         todo = "install a torch that fits the driver: make TORCH=torch==2.13.0, or see pytorch.org"
         out.append(Finding(MISSING if wanted else NOTE, "device cuda", f"{driver}, but this torch {build}", todo))
     else:
-        out.append(Finding(MISSING if wanted else OK, "device cuda", "no NVIDIA GPU here", "--device cpu" if wanted else ""))
+        found = Finding(NOTE, "device cuda", "no NVIDIA GPU here; workers compute on the CPU")
+        out.append(Finding(MISSING, "device cuda", "no NVIDIA GPU here", "--device cpu") if wanted else found)
     other = [
         name for name, there in (("ROCm", torch.version.hip), ("MPS", _has(torch, "mps")), ("XPU", _has(torch, "xpu"))) if there
     ]

@@ -79,7 +79,7 @@ class Door:
             network,
             find_scheduler,
             lambda request: Detokenizer.for_request(self._tokenizer, request),
-            asyncio.get_running_loop().time,
+            time.monotonic,  # not the loop's clock: uvloop's counts whole milliseconds, and a token may take less
             limits_of(config),
             config.model.seed,
         )
@@ -143,6 +143,6 @@ class Door:
 def _why_not_ready(status: dict[str, Any]) -> str:
     decode = [w for w in status.get("workers", ()) if w["role"] == "decode" and w["alive"]]
     if not decode:
-        return "no decode worker is alive yet"
+        return "no decode worker is alive"
     fresh = [w for w in decode if 0 <= w["stats"]["last_token_age_s"] < FRESH_TOKEN_S]
     return "" if fresh else f"no decode worker has produced a token in the last {FRESH_TOKEN_S:.0f} s"

@@ -104,6 +104,7 @@ class Gateway:
         self._scheduler_address: str | None = None
         self._beat: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()  # asyncio keeps only weak references to tasks
+        self._leaving: dict[str, int] = {}  # request_id -> epoch: over, but its outcome is not sent yet
 
     async def start(self) -> None:
         await self._network.serve(self.handle, self.on_lost)
@@ -269,7 +270,9 @@ class Gateway:
         if walk.phase is not Phase.FINISHED or walk.ended_at_prefill:
             self._cancel(walk)
         kind = "finished" if walk.phase is Phase.FINISHED else "failed" if failure is not None else "cancelled"
-        self._tell_scheduler(walk.outcome(Outcome, kind, type(failure).__name__ if failure else "", self._clock()))
+        self._leaving[request.request_id] = walk.epoch
+        task = self._tell_scheduler(walk.outcome(Outcome, kind, type(failure).__name__ if failure else "", self._clock()))
+        task.add_done_callback(lambda _: self._leaving.pop(request.request_id, None))
 
     def _cancel(self, walk: Walk, choice: int | None = None) -> None:
         if walk.attempt_is_none:
@@ -319,14 +322,14 @@ class Gateway:
             except WorkerLost as error:
                 self._scheduler_address = None
                 if self._clock() > deadline:
-                    raise WorkerLost(f"no scheduler for {self.limits.recovery_timeout_s:.0f} s: {error.message}") from None
+                    raise WorkerLost(f"no scheduler for {self.limits.recovery_timeout_s:g} s: {error.message}") from None
                 await asyncio.sleep(0.2)
 
     async def ask(self, message: Message) -> Message:
         """Status and metrics of the whole cluster, for the HTTP side."""
         return await self._ask_scheduler(message, CALL_TIMEOUT_S)
 
-    def _tell_scheduler(self, message: Message) -> None:
+    def _tell_scheduler(self, message: Message) -> asyncio.Task[None]:
         """Best effort: what is lost here is corrected by the next beat of workers and gateways."""
 
         async def tell() -> None:
@@ -338,11 +341,14 @@ class Gateway:
         task = asyncio.create_task(tell())
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
+        return task
 
     async def _keep_beating(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
-            in_flight = tuple((walk.request.request_id, walk.epoch) for walk in self._walks.values())
+            # With those whose outcome is still on its way: unnamed they would count as abandoned.
+            walks = ((walk.request.request_id, walk.epoch) for walk in self._walks.values())
+            in_flight = (*walks, *self._leaving.items())
             try:
                 peer = await self._scheduler()
                 await peer.call(GatewayBeat(self.gateway_id, in_flight), CALL_TIMEOUT_S)

@@ -24,13 +24,14 @@ import msgspec
 
 from configs.load import Resolved
 from configs.schema import Config
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, TandemError
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "tandem"
 QUESTION = "What does the prefill worker do, and what does the decode worker do?"
 POLL_S = 0.1
+DOUBLE_S = 1.0  # two signals within it are one: `make`, `timeout` and terminals deliver Ctrl-C twice
 START_TIMEOUT_S = 600.0
 RESOURCE_UNITS = 4096  # of each role on one machine; how many fit is the user's choice, not Ray's
 OBJECT_STORE_BYTES = 128 << 20  # nothing of ours goes through it
@@ -50,25 +51,53 @@ def run(resolved: Resolved) -> int:
     """Serve until interrupted. -> the exit status."""
     config = _with_absolute_path(resolved.config)
     line = Line()
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    interrupts = Interrupts()
+    stop = interrupts.stop
+    interrupts.listen()
     _banner(resolved)
-    with _private_ray(line):
+    with _private_ray(line, interrupts.hurry):
+        interrupts.listen()  # again: ray.init puts a handler of its own on SIGTERM, which would leave processes behind
         secret = secrets.token_hex(32).encode()
-        actor = _deploy(config, secret, line)
+        with _explained("the cluster does not start"):
+            actor = _deploy(config, secret, line)
         seen: set[tuple[str, str]] = set()
         if _wait_until_ready(config, actor, seen, line, stop):
             _say_hello(config, line)
             _watch(config, actor, seen, line, stop)
         print(flush=True)
-        line("stopping")
+        line("stopping: what runs may end (Ctrl-C again: at once)")
     line("stopped")
     return 0
 
 
+class Interrupts:
+    """Ctrl-C, `kill`, a closed terminal: the first one drains, a later one does not wait. Nothing is raised out of nowhere, so
+    that whatever is being put away at that moment is put away."""
+
+    def __init__(self) -> None:
+        self.stop = threading.Event()
+        self.hurry = threading.Event()
+        self._first_at = 0.0
+
+    def listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # under nohup a terminal may close
+                signal.signal(number, self._hear)
+
+    def _hear(self, *_: object) -> None:
+        now = time.monotonic()
+        if not self.stop.is_set():
+            self._first_at = now
+            self.stop.set()
+        elif now - self._first_at > DOUBLE_S:
+            self.hurry.set()
+
+
 def _with_absolute_path(config: Config) -> Config:
-    """A model's directory is named from where the user stands; the workers stand elsewhere."""
+    """Files are named from where the user stands; the workers stand elsewhere."""
+    if config.model.chat_template is not None:
+        template = str(Path(config.model.chat_template).expanduser().resolve())
+        config = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, chat_template=template))
     path = Path(config.model.name).expanduser()
     if not path.is_dir() or config.model.name in ("bundled", "toy"):
         return config
@@ -99,9 +128,26 @@ def _banner(resolved: Resolved) -> None:
 
 
 @contextlib.contextmanager
-def _private_ray(line: Line) -> Iterator[None]:
+def _explained(what: str) -> Iterator[None]:
+    """Whatever Ray and Serve raise, as one sentence; their traceback is in the log at debug level."""
+    try:
+        yield
+    except TandemError:
+        raise
+    except Exception as error:
+        log.debug("%s", what, exc_info=True)
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(f"{what} ({type(error).__name__}: {reason}); `tandem doctor` may know why") from error
+
+
+@contextlib.contextmanager
+def _private_ray(line: Line, hurry: threading.Event) -> Iterator[None]:
     """A Ray of our own, with token authentication, on loopback, in a directory of its own; gone afterwards."""
-    folder = tempfile.mkdtemp(prefix="tandem-", dir=_short_tmp())
+    try:
+        folder = tempfile.mkdtemp(prefix="tandem-", dir=_short_tmp())
+    except OSError as error:
+        advice = "point TMPDIR at one that is writable"
+        raise ConfigError(f"no folder for Ray's sockets and logs can be made: {error}; {advice}") from None
     os.environ.update(
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
@@ -115,22 +161,23 @@ def _private_ray(line: Line) -> Iterator[None]:
     import ray
 
     try:
-        ray.init(
-            address="local",
-            namespace="tandem",
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=True,
-            logging_level=logging.WARNING,
-            resources={"tandem_prefill": RESOURCE_UNITS, "tandem_decode": RESOURCE_UNITS},
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
+        with _explained("Ray does not start"):
+            ray.init(
+                address="local",
+                namespace="tandem",
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=True,
+                logging_level=logging.WARNING,
+                resources={"tandem_prefill": RESOURCE_UNITS, "tandem_decode": RESOURCE_UNITS},
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
         line("Ray is up (its own, private to this command)")
         yield
     finally:
-        _shut_down(ray)
+        _shut_down(ray, hurry)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -140,18 +187,17 @@ def _short_tmp() -> str:
     return default if len(default) < 40 else "/tmp"
 
 
-def _shut_down(ray: Any) -> None:
+def _shut_down(ray: Any, hurry: threading.Event) -> None:
     """The application drains and goes, then Ray ends every process it started; what is left is killed by its parentage."""
     import psutil
 
     children = psutil.Process().children(recursive=True)
     if ray.is_initialized():
-        from ray import serve
-
-        try:
-            serve.delete(APP_NAME)
-        except Exception as error:  # half of it may be dead already; what matters is that all of it goes now
-            log.warning("while stopping Serve: %s", error)
+        draining = threading.Thread(target=_delete_application, daemon=True)
+        draining.start()
+        while draining.is_alive() and not hurry.is_set():
+            draining.join(POLL_S)
+        children = list({*children, *psutil.Process().children(recursive=True)})  # Serve may have started others meanwhile
         ray.shutdown()
     _, alive = psutil.wait_procs(children, timeout=3)
     for process in alive:
@@ -159,10 +205,20 @@ def _shut_down(ray: Any) -> None:
             process.kill()
 
 
+def _delete_application() -> None:
+    from ray import serve
+
+    try:
+        serve.delete(APP_NAME)
+    except Exception as error:  # half of it may be dead already; what matters is that all of it goes now
+        log.warning("while stopping Serve: %s", error)
+
+
 def _deploy(config: Any, secret: bytes, line: Line) -> Any:
     """Hand the application to Serve without waiting for it. -> the scheduler's actor."""
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     from cluster.app import application
     from cluster.deployments import scheduler_actor
 
@@ -172,7 +228,7 @@ def _deploy(config: Any, secret: bytes, line: Line) -> Any:
         http_options={
             "host": config.gateway.host,
             "port": config.gateway.port,
-            "keep_alive_timeout_s": int(config.gateway.keep_alive_s),
+            "keep_alive_timeout_s": max(1, round(config.gateway.keep_alive_s)),  # Serve counts in whole seconds
         },
     )
     line("Serve is up")
@@ -205,7 +261,7 @@ def _wait_until_ready(config: Any, actor: Any, seen: set[tuple[str, str]], line:
             return True
         _raise_if_failed()
         if time.monotonic() > deadline:
-            raise ConfigError(f"not healthy after {START_TIMEOUT_S:.0f} s; {_logs()}")
+            raise ConfigError(f"not healthy after {START_TIMEOUT_S:.0f} s; `tandem doctor` may know why")
         stop.wait(POLL_S)
     return False
 
@@ -218,7 +274,7 @@ def _print_phases(actor: Any, seen: set[tuple[str, str]], line: Line, stop_on_fa
     except ray.exceptions.RayError:
         return {}
     for phase in status.get("starting", ()):
-        key = (phase["name"], phase["phase"])
+        key = (phase["incarnation"], phase["phase"] + phase["detail"])
         if key not in seen:
             seen.add(key)
             line(f"{phase['name']:<10} {phase['phase']:<10} {phase['detail']} ({phase['elapsed_s']:.1f} s)")
@@ -229,33 +285,24 @@ def _print_phases(actor: Any, seen: set[tuple[str, str]], line: Line, stop_on_fa
 
 def _raise_if_failed() -> None:
     """A worker whose constructor failed says why in Serve's status; we say it in one sentence and stop."""
+    import ray
     from ray import serve
+    from ray.serve.exceptions import RayServeException
 
-    with contextlib.suppress(Exception):
+    try:
         application = serve.status().applications.get(APP_NAME)
-        if application is None:
-            return
-        for name, deployment in application.deployments.items():
-            if str(deployment.status) in (
-                "DeploymentStatus.DEPLOY_FAILED",
-                "DEPLOY_FAILED",
-                "DeploymentStatus.UNHEALTHY",
-            ):
-                raise _StartFailed(f"{name}: {_last_line(deployment.message)}")
-
-
-class _StartFailed(ConfigError):
-    pass
+    except (ray.exceptions.RayError, RayServeException, RuntimeError) as error:
+        log.debug("no status of Serve: %s", error)
+        return
+    for name, deployment in application.deployments.items() if application is not None else ():
+        if "DEPLOY_FAILED" in str(deployment.status):
+            raise ConfigError(f"{name} cannot start: {_last_line(deployment.message)}")
 
 
 def _last_line(message: str) -> str:
     lines = [text.strip() for text in message.splitlines() if text.strip()]
     ours = [text for text in lines if text.startswith("protocol.errors.")]
     return (ours or lines or [""])[-1].removeprefix("protocol.errors.")
-
-
-def _logs() -> str:
-    return f"logs: {Path(tempfile.gettempdir()).joinpath('tandem-*', 'session_latest', 'logs')}"
 
 
 def _say_hello(config: Any, line: Line) -> None:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from typing import Any
 
 import msgspec
 
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
 from cluster import assembly
-from cluster.agent import Agent
+from cluster.agent import Agent, new_incarnation
 from cluster.door import limits_of
 from cluster.gateway import Gateway
 from cluster.loopback import Hub
 from cluster.metrics import ClusterMetrics
+from cluster.preflight import max_model_len
 from cluster.scheduler_service import SchedulerService
 from configs.schema import Config
 from decode.worker import DecodeWorker
@@ -32,21 +34,25 @@ from scheduler.scheduler import Scheduler
 
 
 class LocalCluster:
-    """Build it, `await start()`, use `gateway`, `await close()`. All on one event loop."""
+    """Build it, `await start()`, use `gateway`, `await close()`. All on one event loop.
+
+    transports: over which KV travels; None: as transfer.transport says, "auto" being memory.
+    """
 
     def __init__(
         self,
         config: Config,
         loaded: LoadedModel | None = None,
         encoded: bool = False,
-        transports: tuple[str, ...] = ("memory",),
+        transports: tuple[str, ...] | None = None,
     ) -> None:
         # A step that takes seconds holds up heartbeats too when all is one event loop; nobody can die alone here anyway.
         patient = msgspec.structs.replace(config.scheduler, heartbeat_misses=1000)
         self.config = msgspec.structs.replace(config, scheduler=patient)
-        self.transports = transports
+        in_memory = config.transfer.transport == "auto"
+        self.transports = transports or (("memory",) if in_memory else assembly.transports_of(config))
         self.loaded = loaded if loaded is not None else assembly.load(config)
-        self.tokenizer = Tokenizer(locate(config.model.name, config.model.revision or None))
+        self.tokenizer = Tokenizer(locate(config.model.name, config.model.revision or None), config.model.chat_template)
         self.workers: list[DecodeWorker | PrefillWorker] = []
         self.engines: list[assembly.Engine] = []
         self._hub = Hub(encoded)
@@ -58,7 +64,7 @@ class LocalCluster:
 
     @property
     def max_model_len(self) -> int:
-        return self.config.model.max_len or self.loaded.config.max_position_embeddings
+        return max_model_len(self.config, self.loaded.config)
 
     def detokenizer(self, request: Request) -> Detokenizer:
         return Detokenizer.for_request(self.tokenizer, request)
@@ -79,7 +85,13 @@ class LocalCluster:
         for role, index in roles:
             await self._start_worker(role, index, len(roles), find_scheduler)
         self.gateway = Gateway(
-            "gateway-0", self._hub.network("gateway"), find_scheduler, self.detokenizer, clock, limits_of(self.config)
+            "gateway-0",
+            self._hub.network("gateway"),
+            find_scheduler,
+            self.detokenizer,
+            clock,
+            limits_of(self.config),
+            self.config.model.seed,
         )
         await self.gateway.start()
 
@@ -88,7 +100,7 @@ class LocalCluster:
         threads = self.config.decode.num_threads if role == "decode" else self.config.prefill.num_threads
         engine = assembly.build_engine(self.config, self.loaded, threads or None, num_workers)
         network = self._hub.network(f"{role}-{index}")
-        incarnation = assembly.new_incarnation(role, index)
+        incarnation = new_incarnation(role, index)
         compute = assembly.inline()
         worker: DecodeWorker | PrefillWorker
         if role == "decode":
@@ -107,6 +119,12 @@ class LocalCluster:
         self.engines.append(engine)
         self._agents.append(agent)
         self._loops.append(asyncio.create_task(worker.run()))
+
+    def status_rows(self) -> list[dict[str, Any]]:
+        """What the scheduler knows of each of `workers`, in their order."""
+        rows = self.service.scheduler.status(asyncio.get_running_loop().time())["workers"]
+        by_incarnation = {row["incarnation"]: row for row in rows}
+        return [by_incarnation[worker.settings.incarnation] for worker in self.workers]
 
     async def settle(self, deadline_s: float = 10.0) -> None:
         """Wait until no worker holds anything, then check every pool."""

@@ -285,4 +285,5 @@ class Walk:
             tpot_s=timing.decode_s / (longest - 1) if longest > 1 else 0.0,
             e2e_s=timing.e2e_s,
             failure_kind=failure_kind,
+            finish_reason=self.choices[0].finish_reason or "",
         )

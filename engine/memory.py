@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
+
+if TYPE_CHECKING:
+    import torch  # the arithmetic for a CPU is asked for where there is none
 
 
 def num_blocks_on_cpu(layout: KVLayout, kv_cache_bytes: int, max_model_len: int) -> int:
@@ -17,6 +20,8 @@ def num_blocks_on_cpu(layout: KVLayout, kv_cache_bytes: int, max_model_len: int)
 
 def num_blocks_on_gpu(layout: KVLayout, utilization: float, max_model_len: int, device: torch.device) -> int:
     """What utilization * total memory leaves besides the weights and whatever else is there. Call once the model is loaded."""
+    import torch
+
     free, total = torch.cuda.mem_get_info(device)
     budget = int(total * utilization) - (total - free)
     return _at_least_one_sequence(

@@ -28,10 +28,14 @@ def locate(name: str, revision: str | None = None) -> Path:
         from models.modelscope import download
 
         return _whole(download(name.removeprefix(MODELSCOPE), revision))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_dir, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no permission to look, no such home
+        raise ModelError(f"cannot look at {name!r}: {getattr(error, 'strerror', None) or error}") from None
+    if is_dir:
         return _whole(path.resolve())
-    if path.exists():
+    if exists:
         raise ModelError(f"{path} is a file; a model is a directory with config.json, tokenizer.json and *.safetensors")
     if path.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise ModelError(
@@ -41,7 +45,11 @@ def locate(name: str, revision: str | None = None) -> Path:
 
 
 def _whole(path: Path) -> Path:
-    if not (path / "config.json").exists():
+    try:
+        is_there = (path / "config.json").exists()
+    except OSError as error:
+        raise ModelError(f"cannot look into {path}: {error.strerror}; correct its permissions") from None
+    if not is_there:
         raise ModelError(f"{path} has no config.json; a model is a directory with config.json, tokenizer.json and *.safetensors")
     return path
 

@@ -76,6 +76,12 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome", kw_only=True):
     tpot_s: float
     e2e_s: float
     failure_kind: str = ""
+    finish_reason: str = ""  # of the first choice, when finished: "stop" | "length"
+
+    @property
+    def was_refused(self) -> bool:
+        """It failed without ever being placed: turned away, or not placed in time. Not so when no scheduler was there to ask."""
+        return self.kind == "failed" and self.epoch == 0 and self.failure_kind != "WorkerLost"
 
 
 class GatewayBeat(msgspec.Struct, frozen=True, tag="gateway_beat"):

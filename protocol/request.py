@@ -103,7 +103,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One client request after validation: token ids, never text. `sampling.max_tokens` is set by then; the gateway draws a missing seed.
+    """One client request after validation: token ids, never text. `sampling.max_tokens` is set; the gateway draws a missing seed.
 
     cache_salt: what keeps this tenant's prefix blocks apart from others'. max_total_len: prompt + output may not pass it.
     """

@@ -59,7 +59,10 @@ class Latencies:
         self._samples.setdefault(slo_class, deque(maxlen=MAX_SAMPLES)).append(sample)
 
     def status(self, now: float, ttft_target_s: float, tpot_target_s: float) -> dict[str, Any]:
-        """Per class: summaries of ttft_s, tpot_s, e2e_s, queue_s, and the shares that kept the promise (None: nobody)."""
+        """Per class: summaries of ttft_s, tpot_s, e2e_s, queue_s, and the shares that kept the promise.
+
+        A request of one token has no TPOT: it counts for ttft and both, not for tpot.
+        """
         out: dict[str, Any] = {}
         for slo_class, samples in list(self._samples.items()):
             while samples and samples[0].at < now - WINDOW_S:
@@ -69,8 +72,8 @@ class Latencies:
                 continue
             tpots = [s.tpot_s for s in samples if s.tpot_s is not None]
             kept_ttft = [s.ttft_s <= ttft_target_s for s in samples]
-            kept_tpot = [s.tpot_s is None or s.tpot_s <= tpot_target_s for s in samples]
-            both = [a and b for a, b in zip(kept_ttft, kept_tpot, strict=True)]
+            kept_tpot = [tpot <= tpot_target_s for tpot in tpots] or [True]
+            both = [kept and (s.tpot_s is None or s.tpot_s <= tpot_target_s) for kept, s in zip(kept_ttft, samples, strict=True)]
             out[slo_class] = {
                 "ttft_s": summary([s.ttft_s for s in samples]),
                 "tpot_s": summary(tpots),

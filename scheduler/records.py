@@ -48,6 +48,8 @@ class Records:
         self.rejections[reason] += 1
 
     def count_tokens(self, outcome: Outcome) -> None:
+        if outcome.output_tokens < 1:
+            return  # its prompt may never have been computed
         self.tokens["prompt"] += max(0, outcome.prompt_tokens)
         self.tokens["cached"] += max(0, outcome.cached_tokens)
         self.tokens["output"] += max(0, outcome.output_tokens)

@@ -176,8 +176,9 @@ class Scheduler:
         self.queue.remove(message.request_id)
         self._remember_end(message.request_id)
         kind = message.kind if message.kind in ("finished", "failed", "cancelled") else "failed"
-        self.records.count(kind)
-        self.records.count_tokens(message)
+        if not message.was_refused:  # a refusal was counted among the rejections when it was decided
+            self.records.count(kind)
+            self.records.count_tokens(message)
         if kind == "finished":
             has_tpot = message.output_tokens > 1 and message.tpot_s > 0
             sample = Sample(now, message.ttft_s, message.tpot_s if has_tpot else None, message.e2e_s, message.queue_s)

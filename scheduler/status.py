@@ -31,14 +31,15 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
     queue              requests tokens bytes max_requests max_tokens max_bytes, oldest_s (0.0 when empty), drain_s
     in_flight          total, prefilling, decoding (requests)
     latencies          class -> ttft_s tpot_s e2e_s queue_s (count mean p50 p95 p99; None without any), and kept: shares
-                       of requests that kept ttft, tpot, both; over the last window_s seconds
+                       of requests that kept ttft, tpot (of those with a second token), both; over the last window_s seconds
     window_s           of latencies
     promise            ttft_s tpot_s
     counters           cumulative: submitted resumed placed placed_disaggregated placed_local finished failed cancelled
-                       withdrawn abandoned rejected reservations_refused adopted workers_lost gateways_lost
+                       withdrawn abandoned rejected reservations_refused adopted workers_lost gateways_lost;
+                       a refused request counts as rejected alone, not as failed
     rejections         reason -> count: queue_requests queue_tokens queue_bytes tenant_share would_time_out
                        queue_timeout no_worker too_long
-    tokens             of ended requests: prompt cached output
+    tokens             of requests that ended after their first token: prompt cached output
     totals             role -> cumulative WorkerStats counters over all workers, the dead included
     gateways           [gateway_id, beat_age_s, in_flight]
     starting           start-ups under way or just over: [name role incarnation phase detail elapsed_s], oldest first
