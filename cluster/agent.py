@@ -81,6 +81,8 @@ class Agent:
                 await self._try_to_register()
             except (TandemError, OSError) as error:
                 log.info("heartbeat: %s", error)
+            except Exception:  # a worker that stops beating would leave the cluster for good
+                log.exception("a heartbeat of %s failed", self.info.name)
             await asyncio.sleep(self._heartbeat_s)
 
     async def _try_to_register(self) -> None:

@@ -168,6 +168,7 @@ def canary(engine: Engine, worker: DecodeWorker | PrefillWorker, compute: Comput
             result = await compute(lambda: engine.runner.run([Chunk(sequence, 1, (sequence,))]))
         finally:
             engine.pool.release(sequence.blocks)
+            worker.wake()
         if result.samples[0].error is None:
             worker.last_token_at = clock()
 

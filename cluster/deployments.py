@@ -107,9 +107,9 @@ class SchedulerFinder:
 
     async def __call__(self) -> str:
         if self._address is None or not self._network.is_connected(self._address):
-            if self._actor is None:
-                self._actor = scheduler_actor(self._config_json, self._secret)
             try:
+                if self._actor is None:
+                    self._actor = scheduler_actor(self._config_json, self._secret)
                 async with asyncio.timeout(START_TIMEOUT_S):
                     self._address = await self._actor.address.remote()
             except (TimeoutError, ray.exceptions.RayError) as error:
@@ -291,10 +291,11 @@ class GatewayReplica:
         index = _replica_index()
         _title(f"gateway:{index}")
         _keep_serve_inside(config.transfer.bind_host)
-        network = SocketNetwork(f"gateway:{index}", secret, config.transfer.bind_host)
+        gateway_id = f"gateway:{index}:{os.urandom(4).hex()}"  # two lives may overlap during an update
+        network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)
         find = SchedulerFinder(config_json, secret, network)
         try:
-            self._door = Door(config, network, find, f"gateway:{index}", secret)
+            self._door = Door(config, network, find, gateway_id, secret)
             await self._door.start()
         except Exception as error:
             await _tell_failure(network, find, f"gateway:{index}", "gateway", "", error)

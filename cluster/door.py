@@ -137,6 +137,9 @@ class Door:
                 self._reason = _why_not_ready(await self.status())
             except (TandemError, OSError) as error:
                 self._reason = f"the scheduler does not answer: {error}"
+            except Exception:
+                log.exception("readiness")
+                self._reason = "the readiness check failed; the gateway's log has the details"
             await asyncio.sleep(STATUS_S)
 
 

@@ -26,6 +26,7 @@ from cluster.walk import Attempt, Detokenizer, PeerLost, Walk
 from engine.hashing import block_hashes
 from protocol.errors import (
     DeadlineExceeded,
+    HandshakeRefused,
     InternalError,
     ReservationRefused,
     TandemError,
@@ -60,7 +61,7 @@ CALL_TIMEOUT_S = 5.0
 BEAT_S = 1.0
 MAX_ATTEMPTS = 12  # of one request; each names another worker where there is one
 HASH_BLOCK_LEN = 64  # tokens; the cluster-wide unit of the scheduler's prefix index
-RETRYABLE = (WorkerLost, TransferFailed, ReservationRefused, DeadlineExceeded)
+RETRYABLE = (WorkerLost, TransferFailed, ReservationRefused, DeadlineExceeded, HandshakeRefused)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -208,7 +209,7 @@ class Gateway:
         attempt = walk.attempt
         attempt.decode = await self._network.connect(ticket.decode.address)
         lease_s = self.limits.lease_s + 4 * ticket.predicted_ttft_s
-        message = Reserve(ticket, walk.request, walk.delivered_token_ids(), lease_s)
+        message = Reserve(ticket, walk.request, walk.delivered_token_ids(), lease_s, walk.finished_choices)
         grant = await attempt.decode.call(message, CALL_TIMEOUT_S)
         assert isinstance(grant, Grant)
         walk.move(Phase.RESERVED)
@@ -220,6 +221,7 @@ class Gateway:
         if ticket.prefill is None:
             return
         attempt = walk.attempt
+        attempt.prefill_was_asked = True
         attempt.prefill = await self._network.connect(ticket.prefill.address)
         answer = await attempt.prefill.call(Prefill(ticket, grant, walk.request, walk.delivered_token_ids()), CALL_TIMEOUT_S)
         assert isinstance(answer, Ok)
@@ -235,6 +237,8 @@ class Gateway:
             if seconds_left <= timeout:
                 raise self._out_of_time() from None
             raise WorkerLost(f"no token of {walk.request.request_id} for {timeout:.0f} s") from None
+        if walk.is_moot(item):
+            return []
         if isinstance(item, PeerLost):
             raise WorkerLost(f"the {item.role} worker of {walk.request.request_id} is gone")
         if isinstance(item, RequestFailed):
@@ -267,7 +271,7 @@ class Gateway:
         del self._walks[request.request_id]
         if walk.phase is Phase.QUEUED:
             self._tell_scheduler(Withdraw(request.request_id))
-        if walk.phase is not Phase.FINISHED or walk.ended_at_prefill:
+        if walk.phase is not Phase.FINISHED or walk.ended_at_prefill or walk.was_stopped_here:
             self._cancel(walk)
         kind = "finished" if walk.phase is Phase.FINISHED else "failed" if failure is not None else "cancelled"
         self._leaving[request.request_id] = walk.epoch
@@ -314,14 +318,16 @@ class Gateway:
 
     async def _ask_scheduler(self, message: Message, timeout: float) -> Message:
         """A call that outlives the scheduler: when it dies, its successor is asked the same."""
-        deadline = self._clock() + self.limits.recovery_timeout_s
+        lost_at: float | None = None
         while True:
             try:
                 peer = await self._scheduler()
+                lost_at = None  # it is there; a wait in its queue may be long
                 return await peer.call(message, timeout)
             except WorkerLost as error:
                 self._scheduler_address = None
-                if self._clock() > deadline:
+                lost_at = self._clock() if lost_at is None else lost_at
+                if self._clock() - lost_at > self.limits.recovery_timeout_s:
                     raise WorkerLost(f"no scheduler for {self.limits.recovery_timeout_s:g} s: {error.message}") from None
                 await asyncio.sleep(0.2)
 
@@ -354,6 +360,8 @@ class Gateway:
                 await peer.call(GatewayBeat(self.gateway_id, in_flight), CALL_TIMEOUT_S)
             except (TandemError, OSError) as error:
                 log.debug("beat: %s", error)
+            except Exception:  # a gateway that stops beating would be taken for dead, with all it holds
+                log.exception("a beat failed")
 
 
 def _hashes(token_ids: tuple[int, ...], salt: str) -> tuple[bytes, ...]:

@@ -44,6 +44,7 @@ class Attempt:
         self.decode: Peer | None = None
         self.prefill: Peer | None = None
         self.has_tokens = False
+        self.prefill_was_asked = False
         self.decode_has_begun = False
 
 
@@ -114,6 +115,15 @@ class Walk:
         """The grant was never used: somebody must give its blocks back."""
         return self._attempt is not None and not self._attempt.decode_has_begun
 
+    @property
+    def finished_choices(self) -> tuple[int, ...]:
+        return tuple(i for i, choice in enumerate(self.choices) if choice.finish_reason is not None)
+
+    @property
+    def was_stopped_here(self) -> bool:
+        """Some choice ended by a stop string, of which its worker knows nothing."""
+        return any(choice.stopped_here for choice in self.choices)
+
     def delivered_token_ids(self) -> tuple[tuple[int, ...], ...]:
         """Per choice what the client already has, for a worker that takes over; empty on the first attempt."""
         if self.max_delivered == 0:
@@ -147,20 +157,27 @@ class Walk:
             choice.pending.clear()
 
     def blame(self, error: TandemError) -> None:
-        """Remember whom not to be placed on again. A refusal for lack of room is nobody's fault."""
+        """Remember whom not to be placed on again, if there is anybody else. Lack of room is nobody's fault.
+
+        Whoever has not delivered yet is at fault: prefill until decode's first frame, unless decode itself is gone.
+        """
         attempt = self._attempt
         if attempt is None or isinstance(error, ReservationRefused):
             return
         ticket = attempt.ticket
-        prefill_was_at_it = ticket.prefill is not None and self.phase in (
-            Phase.RESERVED,
-            Phase.PREFILLING,
-            Phase.TRANSFERRING,
-        )
         decode_is_gone = attempt.decode is None or attempt.decode.is_closed
-        blamed = ticket.prefill if prefill_was_at_it and not decode_is_gone else ticket.decode
+        prefill_was_at_it = attempt.prefill_was_asked and not attempt.decode_has_begun and not decode_is_gone
+        blamed = ticket.prefill if prefill_was_at_it else ticket.decode
         assert blamed is not None
         self.excluded = [*self.excluded[-7:], blamed.incarnation]
+
+    def is_moot(self, item: TokenUpdate | RequestFailed | PeerLost) -> bool:
+        """What became of the prefill worker does not matter any more once decode delivers."""
+        if not self.attempt.decode_has_begun:
+            return False
+        if isinstance(item, PeerLost):
+            return item.role == "prefill"
+        return isinstance(item, RequestFailed) and item.stage in ("prefill", "transfer")
 
     def peer_lost(self, peer: Peer) -> None:
         attempt = self._attempt
@@ -237,7 +254,7 @@ class Walk:
         choice.token_ids += tokens[:taken]
         stop_reason: int | str | None = update.stop_reason
         if stop is not None:
-            choice.finish_reason, stop_reason = "stop", stop
+            choice.finish_reason, stop_reason, choice.stopped_here = "stop", stop, True
             if update.finish_reason is None:
                 self._stopped.append(update.choice)
         elif update.finish_reason is not None:

@@ -105,7 +105,10 @@ class Connection:
         if self.is_closed:
             return
         if len(body) > MAX_FRAME_BYTES:
-            raise TandemError(f"a message of {len(body)} bytes is above the frame cap of {MAX_FRAME_BYTES}")
+            if kind == _CALL:
+                raise TandemError(f"a message of {len(body)} bytes is above the frame cap of {MAX_FRAME_BYTES}")
+            self.close(f"a message of {len(body)} bytes is above the frame cap of {MAX_FRAME_BYTES}")
+            return
         self._writer.write(_HEADER.pack(len(body), kind, call_id) + body)
         if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.close(f"it left more than {MAX_UNSENT_BYTES} bytes unread")
@@ -209,9 +212,16 @@ class SocketNetwork:
                     connection = await self._dial(address)
             except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
                 why = str(error) or type(error).__name__
+                asyncio.get_running_loop().call_soon(self._forget_address, address)
                 raise WorkerLost(f"{self.name} cannot reach {address}: {why}") from None
             self._outgoing[address] = connection
             return connection
+
+    def _forget_address(self, address: str) -> None:
+        """Addresses of dead processes are not kept: each life of a worker has a new one."""
+        lock = self._dialing.get(address)
+        if lock is not None and not lock.locked():
+            del self._dialing[address]
 
     def is_connected(self, address: str) -> bool:
         known = self._outgoing.get(address)

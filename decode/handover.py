@@ -200,9 +200,7 @@ class Handover:
         for incarnation, writer in list(self._writers.items()):
             if writer.peer.is_closed and writer.is_dead:
                 del self._writers[incarnation]
-                for grant_id in [
-                    g for g, job in self._jobs.items() if job.grant and job.grant.prefill_incarnation == incarnation
-                ]:
+                for grant_id in [g for g, job in self._jobs.items() if job.grant and job.grant.prefill_incarnation == incarnation]:
                     self._forget(grant_id)
                 for grant_id, effect in self._inbound.writer_lost(incarnation):
                     self._end(grant_id, effect, TransferFailed("the prefill worker died before it sealed its KV"))

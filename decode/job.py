@@ -23,6 +23,7 @@ class Job:
         self.spare_blocks: list[int] = []  # for what follows the prompt: a copy of its last block, or a fresh one
         self.cached_tokens = 0
         self.scored: list[TokenLogprobs | None] = []  # the prompt's own log-probabilities, as its chunks yield them
+        self.ended: set[int] = set(reserve.finished)  # choices that are over, also before they ever ran here
         self.is_dropped = False
 
     @property

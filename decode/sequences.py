@@ -45,18 +45,14 @@ class Sequences:
     # ---- coming ----------------------------------------------------------------------------------------------------
 
     def start(self, job: Job, leads: list[Sequence], headroom: int) -> None:
-        """Blocks for prompts that this worker prefills itself. Raises OutOfBlocks, and then nothing has changed."""
-        started: list[Sequence] = []
-        try:
-            for sequence in leads:
-                attach_prefix(self._pool, sequence, self._layout, headroom)
-                started.append(sequence)
-        except OutOfBlocks:
-            for sequence in started:
-                self._release_blocks(sequence)
-            raise
+        """Blocks for a prompt that this worker prefills itself. Raises OutOfBlocks, and then nothing has changed.
+
+        Choices that differ already (a resumption) follow the first one as if preempted: when they start, the prompt they
+        share is in the prefix cache.
+        """
+        attach_prefix(self._pool, leads[0], self._layout, headroom)
         for sequence in leads:
-            self._adopt(job, sequence)
+            self._adopt(job, sequence, is_running=sequence is leads[0])
 
     def open(self, job: Job, num_written: int, first_tokens: Iterable[FirstToken]) -> None:
         """Sealed KV becomes sequences: the prompt's full blocks are shared, its last partial block is copied per choice."""
@@ -66,7 +62,7 @@ class Sequences:
         for block in blocks[len(blocks) - num_written :]:
             self._pool.filling(block)
         for first in first_tokens:
-            if first.finish_reason is not None:
+            if first.finish_reason is not None or first.choice in job.ended:
                 continue
             delivered = job.delivered[first.choice]
             sequence = Sequence(job.request, first.choice, output_token_ids=(*delivered, first.token))
@@ -93,6 +89,8 @@ class Sequences:
         num_blocks = self._layout.num_blocks_for(lead.num_computed)
         has_tail = lead.num_computed % self._layout.block_size != 0
         for sibling in chunk.samples[1:]:
+            if sibling.choice in job.ended:
+                continue
             sibling.num_computed = lead.num_computed
             try:
                 own = self._pool.allocate(int(has_tail))
@@ -133,6 +131,8 @@ class Sequences:
         self.running.remove(sequence)
         self._release_blocks(sequence)
         sequence.num_computed = 0
+        if sequence.choice == 0:
+            self._jobs[id(sequence)].scored.clear()  # the prompt will be scored again from its start
         self.preempted.append(sequence)
 
     def restart(self, sequence: Sequence) -> bool:

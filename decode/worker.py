@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -59,7 +58,8 @@ from protocol.ticket import Grant
 
 log = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 5.0
+STALL_S = 0.05  # how long to wait when there is work but no block for it
+MAX_CANCELLED = 4096
 _T = TypeVar("_T")
 Compute = Callable[[Callable[[], _T]], Awaitable[_T]]  # runs a function off the event loop, one at a time, in order
 
@@ -97,6 +97,7 @@ class DecodeWorker:
         self._clock = clock
         self._compute = compute
         self._jobs: dict[str, Job] = {}  # by request_id: one attempt at a time
+        self._cancelled: OrderedDict[tuple[str, int], None] = OrderedDict()  # attempts that are over before they came
         self._sequences = Sequences(pool, settings.layout)
         self._in_step = False
         self._after_step: list[Callable[[], None]] = []
@@ -151,6 +152,8 @@ class DecodeWorker:
             raise TransferFailed(f"the ticket is for {ticket.decode.incarnation}; here lives {self.settings.incarnation}")
         if self.is_draining:
             raise ReservationRefused("this decode worker is draining")
+        if peer.is_closed or (request.request_id, ticket.epoch) in self._cancelled:
+            raise TransferFailed("the request was cancelled before it came")
         known = self._jobs.get(request.request_id)
         if known is not None:
             if known.epoch >= ticket.epoch:
@@ -187,10 +190,11 @@ class DecodeWorker:
     def _reserve_local(self, job: Job) -> Grant:
         """Blocks for the prompt now (R6); the prefill itself happens in this worker's own steps, in chunks."""
         request = job.request
-        same = len({tuple(d) for d in job.delivered}) == 1
+        same = len({tuple(d) for d in job.delivered}) == 1 and not job.ended
         lead = [
             Sequence(request, choice, output_token_ids=job.delivered[choice])
             for choice in range(1 if same else request.sampling.n)
+            if choice not in job.ended
         ]
         self._sequences.start(job, lead, self._headroom)
         job.cached_tokens = max(sequence.num_computed for sequence in lead)
@@ -241,11 +245,20 @@ class DecodeWorker:
     def _cancel(self, message: Cancel) -> None:
         job = self._jobs.get(message.request_id)
         if job is None or message.epoch not in (0, job.epoch):
+            if message.choice is None:  # it may have overtaken its Reserve
+                self._cancelled[(message.request_id, message.epoch)] = None
+                while len(self._cancelled) > MAX_CANCELLED:
+                    self._cancelled.popitem(last=False)
             return
         if message.choice is None:
             self._drop(job)
-        elif (sequence := job.sequences.get(message.choice)) is not None:
+            return
+        job.ended.add(message.choice)
+        sequence = job.sequences.get(message.choice)
+        if sequence is not None:
             self._soon(lambda: self._retire(sequence))
+        elif len(job.ended) == job.request.sampling.n:
+            self._drop(job)
 
     def _fail_transfer(self, job: Job, error: TandemError | None) -> None:
         """The hand-over ended before it was sealed. Without an error the gateway knows: token 1 was the last."""
@@ -271,6 +284,10 @@ class DecodeWorker:
         self.handover.give_up(job)
         self._wake.set()
 
+    def wake(self) -> None:
+        """Blocks came free by somebody else's hand."""
+        self._wake.set()
+
     def tick(self) -> None:
         """Leases, quarantines and dead writers; every quarter of a second or so."""
         self.handover.tick()
@@ -286,34 +303,41 @@ class DecodeWorker:
             await self.step()
 
     async def step(self) -> None:
-        """Plan, run, emit."""
-        chunks = self._plan()
-        if not chunks:
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), 0.05)
-            return
-        copies = self._sequences.take_copies(chunks)
-        self._in_step = True
-        started = time.perf_counter()
+        """Plan, run, emit. Whatever goes wrong ends the requests of this step, never the loop (R11)."""
+        chunks: list[Chunk] = []
         try:
-            result = await self._compute(lambda: self._run(copies, chunks))
-        except Exception as error:  # R11: the batch fails, the loop goes on
+            chunks = self._plan()
+            if not chunks:
+                self._wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), STALL_S)
+                return
+            self._emit(chunks, await self._execute(chunks))
+        except Exception as error:
             log.exception("a decode step failed")
-            result = None
-            failure = InternalError(f"a decode step failed ({type(error).__name__}); the worker's log has the details")
-            for job in {id(j): j for j in (self._sequences.job_of(c.sequence) for c in chunks) if j is not None}.values():
-                self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
-        finally:
-            self._in_step = False
-            self._sequences.copied(copies)
-        self._counts["num_steps"] += 1
-        self._counts["step_s"] += time.perf_counter() - started
-        if result is not None:
-            self._emit(chunks, result)
+            self._fail_step(chunks, error)
         acts, self._after_step = self._after_step, []
         for act in acts:
             act()
+
+    async def _execute(self, chunks: list[Chunk]) -> StepResult:
+        copies = self._sequences.take_copies(chunks)
+        self._in_step = True
+        started = self._clock()
+        try:
+            return await self._compute(lambda: self._run(copies, chunks))
+        finally:
+            self._in_step = False
+            self._sequences.copied(copies)
+            self._counts["num_steps"] += 1
+            self._counts["step_s"] += self._clock() - started
+
+    def _fail_step(self, chunks: list[Chunk], error: Exception) -> None:
+        failure = InternalError(f"a decode step failed ({type(error).__name__}); the worker's log has the details")
+        concerned = [chunk.sequence for chunk in chunks] or [*self._sequences.running, *self._sequences.preempted]
+        jobs = {id(job): job for job in map(self._sequences.job_of, concerned) if job is not None}
+        for job in jobs.values():
+            self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
 
     def _run(self, copies: list[tuple[int, int]], chunks: list[Chunk]) -> StepResult:
         """In the engine's thread."""
@@ -339,7 +363,8 @@ class DecodeWorker:
         job = self._sequences.job_of(sequence)
         assert job is not None
         shares = self._is_shared_prompt(job, sequence)
-        missing = [c for c in range(job.request.sampling.n) if c not in job.sequences] if shares else []
+        others = [c for c in range(job.request.sampling.n) if c not in job.sequences and c not in job.ended]
+        missing = others if shares else []
         return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(choice) for choice in missing)))
 
     def _is_shared_prompt(self, job: Job, sequence: Sequence) -> bool:

@@ -45,7 +45,7 @@ class KVLayout(msgspec.Struct, frozen=True):
 
 
 class ShmEndpoint(msgspec.Struct, frozen=True, tag="shm"):
-    """A memfd that a peer on the same host opens through /proc/PID/fd/FD. `boot_id` + `inode` tell one host's memory from another's."""
+    """A memfd that a peer on the same host opens through /proc/PID/fd/FD. `boot_id` and `inode` tell which memory it is."""
 
     boot_id: str
     pid: int

@@ -183,13 +183,15 @@ class WorkerPhase(msgspec.Struct, frozen=True, tag="worker_phase"):
 class Reserve(msgspec.Struct, frozen=True, tag="reserve"):
     """Decode: set blocks aside. -> Grant. output_token_ids: per choice, what was delivered before a resumption.
 
-    With ticket.prefill None the decode worker starts to prefill by itself at once.
+    With ticket.prefill None the decode worker starts to prefill by itself at once. finished: choices that had ended before a
+    resumption and are not to be continued.
     """
 
     ticket: Ticket
     request: Request
     output_token_ids: tuple[tuple[int, ...], ...] = ()
     lease_s: float = 30.0
+    finished: tuple[int, ...] = ()
 
 
 class Prefill(msgspec.Struct, frozen=True, tag="prefill"):

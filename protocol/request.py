@@ -17,6 +17,7 @@ from protocol.errors import InvalidRequest, PromptTooLong
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_SCORED_TOKENS = 32_768  # of one prompt; their log-probabilities travel in one message
 SEED_MASK = (1 << 64) - 1
 
 
@@ -139,6 +140,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             for token in ids:
                 if not 0 <= token < vocab_size:
                     raise InvalidRequest(f"{name}: token id {token} is outside the vocabulary [0, {vocab_size})", param=name)
+        if self.sampling.prompt_logprobs is not None and self.prompt_len > MAX_SCORED_TOKENS:
+            raise InvalidRequest(
+                f"log-probabilities of a prompt are given for at most {MAX_SCORED_TOKENS} tokens, this one has {self.prompt_len}",
+                param="prompt_logprobs",
+            )
         if self.prompt_len >= max_model_len:
             raise PromptTooLong(
                 f"the prompt has {self.prompt_len} tokens; with at least one output token it must fit into "

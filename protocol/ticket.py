@@ -39,7 +39,7 @@ class Grant(msgspec.Struct, frozen=True, tag="grant"):
     """Blocks that a decode worker set aside for one attempt.
 
     block_ids[i] holds tokens [i*block_size, (i+1)*block_size); the first num_cached_blocks of them already hold verified KV
-    and are not to be written. lease_s counts from the reservation; the gateway renews nothing: a longer prefill asks for a longer lease.
+    and are not to be written. lease_s counts from the reservation; nobody renews it: a longer prefill asks for a longer lease.
     """
 
     grant_id: str
