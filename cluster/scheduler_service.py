@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import msgspec
@@ -36,6 +38,8 @@ from scheduler.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
+MAX_GONE = 4096  # requests whose end is remembered, so that an Admit overtaken by it is not queued for nobody
+GONE_S = 30.0
 
 
 class SchedulerService:
@@ -47,7 +51,8 @@ class SchedulerService:
         self._clock = clock
         self._metrics = metrics
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
-        self._workers: dict[int, str] = {}  # id(peer) -> incarnation: a broken connection is quicker than a missed beat
+        self._workers: dict[Peer, str] = {}  # -> incarnation: a broken connection is quicker than a missed beat
+        self._gone: OrderedDict[str, tuple[float, float]] = OrderedDict()  # request_id -> its last epoch, told when
         self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -69,47 +74,70 @@ class SchedulerService:
         return answer(self, peer, message, now)
 
     async def _admit(self, message: Admit) -> Ticket:
+        request_id = message.request_id
+        self._refuse_gone(message)
         future: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
-        former = self._waiting.pop(message.request_id, None)
-        if former is not None:
-            former.cancel()
-            self.scheduler.withdraw(message.request_id)
+        if self._dismiss(request_id):
+            self.scheduler.withdraw(request_id, self._clock())
         self.scheduler.submit(message, self._clock())  # raises 429 and 503 at once
-        self._waiting[message.request_id] = future
-        self._decide()
+        self._waiting[request_id] = future
         try:
+            self._decide()
             return await future
+        except BaseException:
+            # Its caller was cancelled, perhaps with a ticket that nobody will read; a failed request is nowhere any more.
+            if self._waiting.get(request_id) is future:
+                self.scheduler.withdraw(request_id, self._clock())
+            raise
         finally:
-            if self._waiting.get(message.request_id) is future:
-                del self._waiting[message.request_id]
-                if not future.done() or future.cancelled():
-                    self.scheduler.withdraw(message.request_id)
+            if self._waiting.get(request_id) is future:
+                del self._waiting[request_id]
 
-    def _withdraw(self, peer: Peer, message: Withdraw, now: float) -> None:
-        future = self._waiting.pop(message.request_id, None)
+    def _refuse_gone(self, message: Admit) -> None:
+        """A call is a task of its own, so the Withdraw and Outcome that were sent after an Admit may be handled before it."""
+        last_epoch, told_at = self._gone.get(message.request_id, (-1.0, -math.inf))
+        if message.last_epoch <= last_epoch and self._clock() - told_at < GONE_S:
+            raise TandemError(f"{message.request_id} was withdrawn before it was admitted")
+
+    def _dismiss(self, request_id: str) -> bool:
+        """Whoever waits for this request's ticket waits no more. True if somebody did."""
+        future = self._waiting.pop(request_id, None)
         if future is not None:
             future.cancel()
-        self.scheduler.withdraw(message.request_id)
+        return future is not None
+
+    def _remember_gone(self, request_id: str, last_epoch: float, now: float) -> None:
+        known, _ = self._gone.pop(request_id, (last_epoch, now))
+        self._gone[request_id] = max(known, last_epoch), now
+        while len(self._gone) > MAX_GONE:
+            self._gone.popitem(last=False)
+
+    def _withdraw(self, peer: Peer, message: Withdraw, now: float) -> None:
+        self._remember_gone(message.request_id, math.inf, now)  # nobody admits again what was withdrawn
+        self._dismiss(message.request_id)
+        self.scheduler.withdraw(message.request_id, now)
 
     def _progress(self, peer: Peer, message: Progress, now: float) -> None:
         self.scheduler.progress(message, now)
         self._decide()
 
     def _outcome(self, peer: Peer, message: Outcome, now: float) -> None:
+        self._remember_gone(message.request_id, message.epoch, now)
+        self._dismiss(message.request_id)
         self.scheduler.outcome(message, now)
         self._metrics.observe(message)
         self._decide()
 
     def _register(self, peer: Peer, message: WorkerInfo, now: float) -> Ok:
         self.scheduler.register(message, now)
-        self._workers[id(peer)] = message.incarnation
+        self._workers[peer] = message.incarnation
         self._decide()
         return Ok()
 
     def _worker_beat(self, peer: Peer, message: WorkerBeat, now: float) -> Ok:
         if not self.scheduler.heartbeat(message, now):
             raise NotFound(f"{message.incarnation} is not registered here; register again")
-        self._workers[id(peer)] = message.incarnation
+        self._workers[peer] = message.incarnation
         self._decide()
         return Ok()
 
@@ -139,8 +167,9 @@ class SchedulerService:
     }
 
     def on_lost(self, peer: Peer) -> None:
-        incarnation = self._workers.pop(id(peer), None)
-        if incarnation is not None:
+        incarnation = self._workers.pop(peer, None)
+        # A worker that saw its connection break first may have come back over another one already.
+        if incarnation is not None and incarnation not in self._workers.values():
             self.scheduler.worker_lost(incarnation, self._clock())
             self._decide()
 
@@ -149,6 +178,8 @@ class SchedulerService:
             request_id = decision.request_id if isinstance(decision, Ticket) else decision[0]
             future = self._waiting.get(request_id)
             if future is None or future.done():
+                if isinstance(decision, Ticket):
+                    self.scheduler.withdraw(request_id, self._clock())
                 continue
             if isinstance(decision, Ticket):
                 future.set_result(decision)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from decode.job import Job
 from engine.blocks import BlockPool
 from kvtransfer.digest import verify
-from kvtransfer.handoff import Effect, Inbound
+from kvtransfer.handoff import MEMORY_S, Effect, Inbound
 from kvtransfer.link import choose, is_same_host
 from kvtransfer.pool import KVPool
 from kvtransfer.process import Process, boot_id, observe
@@ -30,7 +29,8 @@ from protocol.ticket import Grant, Manifest, sign
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
-MAX_VOID_GRANTS = 256  # remembered per writer that never called
+MAX_VOID_GRANTS = 256  # remembered per writer that had not called yet; more go into quarantine
+MAX_VOID_WRITERS = 64  # likewise: writers with such grants
 
 
 class Writer:
@@ -46,6 +46,10 @@ class Writer:
         """Observed, not guessed: a process that we can see has ended, or (elsewhere, where a late store is refused at this
         end) its connection broke."""
         return self.process.is_dead() if self.process is not None else self.peer.is_closed
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.close()
 
 
 class Handover:
@@ -78,7 +82,9 @@ class Handover:
         self._jobs: dict[str, Job] = {}  # by grant_id
         self._held: dict[str, list[int]] = {}  # written blocks of grants that are over but not yet given back
         self._writers: dict[str, Writer] = {}  # by prefill incarnation
-        self._void: dict[str, list[str]] = defaultdict(list)  # prefill incarnation -> what to refuse when it first calls
+        # Prefill incarnation -> what it must refuse, by when it was taken back. Said at each hand-shake, as an answer may be
+        # lost, until the writer is dead or no message can still be under way.
+        self._void: dict[str, dict[str, float]] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}  # by grant_id
         self.transfers = 0
         self.transfer_bytes = 0
@@ -101,8 +107,11 @@ class Handover:
         is_same_process = message.boot_id == boot_id() and message.pid == os.getpid()
         name = choose(message.transports, tuple(self._receivers), is_same_host(message), is_same_process)
         process = observe(message.boot_id, message.pid, message.start_ticks)
+        known = self._writers.get(message.incarnation)
+        if known is not None:
+            known.close()
         self._writers[message.incarnation] = Writer(peer, name, process)
-        void = tuple(self._void.pop(message.incarnation, ()))
+        void = tuple(self._void.get(message.incarnation, ()))
         return HandshakeAccepted(self._incarnation, self._layout, self._receivers[name].endpoint(), void)
 
     # ---- granting --------------------------------------------------------------------------------------------------
@@ -200,6 +209,8 @@ class Handover:
         for incarnation, writer in list(self._writers.items()):
             if writer.peer.is_closed and writer.is_dead:
                 del self._writers[incarnation]
+                self._void.pop(incarnation, None)
+                writer.close()
                 for grant_id in [g for g, job in self._jobs.items() if job.grant and job.grant.prefill_incarnation == incarnation]:
                     self._forget(grant_id)
                 for grant_id, effect in self._inbound.writer_lost(incarnation):
@@ -227,11 +238,27 @@ class Handover:
         writer = self._writers.get(grant.prefill_incarnation)
         if writer is not None:
             return refused[writer.transport]
-        void = self._void[grant.prefill_incarnation]
-        if len(void) >= MAX_VOID_GRANTS:
-            return False  # too many to remember, so it might still use this one: quarantine
-        void.append(grant.grant_id)
+        return self._remember_void(grant)
+
+    def _remember_void(self, grant: Grant) -> bool:
+        """Its writer has not called yet and will be told at the hand-shake. False: too much to remember, so it might still use
+        this grant: quarantine."""
+        now = self._clock()
+        self._prune_void(now)
+        void = self._void.get(grant.prefill_incarnation, {})
+        if len(void) >= MAX_VOID_GRANTS or (not void and len(self._void) >= MAX_VOID_WRITERS):
+            return False
+        void[grant.grant_id] = now
+        self._void[grant.prefill_incarnation] = void
         return True
+
+    def _prune_void(self, now: float) -> None:
+        """Nothing is under way for as long as MEMORY_S; the state machines of both sides count on the same."""
+        for incarnation, void in list(self._void.items()):
+            for grant_id in [g for g, since in void.items() if now - since > MEMORY_S]:
+                del void[grant_id]
+            if not void:
+                del self._void[incarnation]
 
     def _apply(self, grant_id: str, effect: Effect) -> None:
         """What is to be done with the written blocks of a grant that is over."""

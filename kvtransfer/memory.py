@@ -124,6 +124,7 @@ class DirectSender:
         self._lane = lane
         self._pool = pool
         self._transfers: dict[str, Transfer] = {}
+        self._storing = threading.Lock()  # held during a store: `push` is the engine's thread, `abort` the event loop
 
     def open(self, grant: Grant, endpoint: KVEndpoint) -> None:
         check_grant(grant, endpoint, self._lane.endpoint, self._pool, self._lane.num_blocks)
@@ -137,7 +138,9 @@ class DirectSender:
         transfer.check_push(layer, pairs)
         started = time.perf_counter()
         try:
-            self._lane.store(transfer, layer, transfer.prepare(layer, pairs))
+            with self._storing:
+                if transfer.failure is None:
+                    self._lane.store(transfer, layer, transfer.prepare(layer, pairs))
         except TandemError as error:
             transfer.fail(error)
         self.stats.seconds += time.perf_counter() - started
@@ -153,7 +156,7 @@ class DirectSender:
         else:
             self._lane.fence(transfer)
         digests = future.result(0)
-        del self._transfers[grant_id]
+        self._transfers.pop(grant_id, None)
         self.stats.transfers += 1
         self.stats.nbytes += transfer.nbytes
         return digests
@@ -163,6 +166,8 @@ class DirectSender:
         if transfer is not None:
             self.stats.failed += transfer.failure is not None
             transfer.fail(TransferFailed(f"grant {grant_id} was aborted"))
+        with self._storing:  # also for a second caller: a store that began before is over when this returns
+            pass
 
     def close(self) -> None:
         for transfer in self._transfers.values():

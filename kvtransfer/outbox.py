@@ -65,6 +65,7 @@ class Outbox:
         self._transfers: dict[str, Transfer] = {}
         self._stopping: dict[str, Transfer] = {}  # aborted, and something of it may still be under way
         self._is_closing = False
+        self._has_ended = False  # the thread: it stores nothing any more
         lane.attach(lambda: self._post(_Job(_Kind.REPAIR)))
         # daemon: a process that is going down must not wait for a peer that does not answer
         self._thread = threading.Thread(target=self._run, name=f"kv-send:{name}", daemon=True)
@@ -128,25 +129,33 @@ class Outbox:
         return digests
 
     async def abort(self, grant_id: str) -> None:
+        """See transport.Sender. However many callers: each returns when the one stop of this grant is complete."""
         with self._changed:
             transfer = self._transfers.pop(grant_id, None)
+            if transfer is not None:
+                self._begin_stop(transfer)
+            transfer = transfer or self._stopping.get(grant_id)
             if transfer is None:
                 return
-            self.stats.failed += transfer.failure is not None
-            transfer.fail(TransferFailed(f"grant {grant_id} was aborted"))
-            self._num_pushes -= sum(job.kind is _Kind.PUSH for job in self._jobs if job.transfer is transfer)
-            self._jobs = deque(job for job in self._jobs if job.transfer is not transfer)
             stopped = transfer.stopping()
-            if not self._thread.is_alive():
-                return
-            # The thread may be in the middle of a store of this transfer; the answer comes when it has got this far.
-            self._stopping[grant_id] = transfer
-            self._jobs.appendleft(_Job(_Kind.ABORT, transfer))
-            self._changed.notify_all()
-        try:
-            await asyncio.wrap_future(stopped)
-        finally:
-            self._stopping.pop(grant_id, None)
+        await asyncio.wrap_future(stopped)
+
+    def _begin_stop(self, transfer: Transfer) -> None:
+        """The transfer is known in `_stopping` from here until its future ends, whoever waits for that or gives up waiting."""
+        grant_id = transfer.grant.grant_id
+        self.stats.failed += transfer.failure is not None
+        transfer.fail(TransferFailed(f"grant {grant_id} was aborted"))
+        self._num_pushes -= sum(job.kind is _Kind.PUSH for job in self._jobs if job.transfer is transfer)
+        self._jobs = deque(job for job in self._jobs if job.transfer is not transfer)
+        self._stopping[grant_id] = transfer
+        # It ends in any thread, perhaps without our lock; one pop is atomic, and those who iterate do it over a copy.
+        transfer.stopping().add_done_callback(lambda _: self._stopping.pop(grant_id, None))
+        if self._has_ended:
+            transfer.stopped()
+            return
+        # The thread may be in the middle of a store of this transfer; the answer comes when it has got this far.
+        self._jobs.appendleft(_Job(_Kind.ABORT, transfer))
+        self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:
@@ -177,9 +186,13 @@ class Outbox:
                 self._give_up(job.transfer, InternalError("the KV sender failed; the worker's log has the details"))
             if job.kind is not _Kind.WARM:
                 self.stats.seconds += time.perf_counter() - started
-        self._lane.close()
+        try:
+            self._lane.close()
+        except Exception:
+            log.exception("KV sender: closing the lane failed")
         with self._changed:
-            for transfer in self._stopping.values():
+            self._has_ended = True
+            for transfer in list(self._stopping.values()):
                 transfer.stopped()
 
     def _next(self) -> _Job | None:
@@ -239,6 +252,9 @@ class Outbox:
             self._lane.fence(transfer)
         except (LinkBroken, TandemError):
             transfer.stopped()
+        except Exception:  # whoever aborts waits for this, and this thread is past its last store
+            log.exception("KV sender: fencing an aborted transfer failed")
+            transfer.stopped()
 
     def _repair(self, error: LinkBroken) -> None:
         """Send again, over a new link, what may not have landed; each transfer once. Its source blocks are still
@@ -247,7 +263,7 @@ class Outbox:
         while True:
             self._lane.reset()
             with self._changed:
-                for transfer in self._stopping.values():
+                for transfer in list(self._stopping.values()):
                     transfer.stopped()
                 begun = [t for t in self._transfers.values() if t.pushed and not t.is_over]
             for transfer in begun:

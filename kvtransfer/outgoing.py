@@ -122,11 +122,11 @@ class Transfer:
             return self._done
 
     def stopping(self) -> Future[None]:
-        """The transfer is given up. -> the future that ends when nothing of it can be stored any more."""
+        """The transfer is given up. -> the future that ends when nothing of it can be stored any more. One per transfer."""
         with self._lock:
-            assert self._stopped is None, "stopped twice"
-            self._stopped = Future()
-            self._stopped.set_running_or_notify_cancel()
+            if self._stopped is None:
+                self._stopped = Future()
+                self._stopped.set_running_or_notify_cancel()  # a waiter that is cancelled must not end it for the others
             return self._stopped
 
     def stopped(self) -> None:

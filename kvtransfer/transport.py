@@ -76,8 +76,8 @@ class Sender(Protocol):
         ...
 
     async def abort(self, grant_id: str) -> None:
-        """Give a transfer up. Returns when no store of ours can happen any more. Idempotent; unknown grants return at
-        once.
+        """Give a transfer up. Returns when no store of ours can happen any more, to each of several callers. Idempotent;
+        unknown grants return at once.
         """
         ...
 

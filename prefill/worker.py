@@ -8,9 +8,10 @@ is given network, clock and `compute`, and keeps its state on the event loop. `s
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -20,15 +21,18 @@ from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
 from engine.prefix import attach_prefix, seal_full_blocks
 from engine.runner import ModelRunner, StepResult
-from engine.sequence import Sequence
+from engine.sampler import Sample
 from engine.stopping import finish_reason
 from kvtransfer.handoff import Outbound
 from kvtransfer.transport import Sender
+from prefill.job import Job
+from prefill.links import Link, Links
 from prefill.planner import num_admissible, plan
 from protocol.errors import (
+    HandshakeRefused,
     InternalError,
     InvalidRequest,
-    Overloaded,
+    ReservationRefused,
     TandemError,
     TransferFailed,
     WorkerLost,
@@ -38,7 +42,6 @@ from protocol.kv import KVEndpoint, KVLayout
 from protocol.messages import (
     Cancel,
     Handshake,
-    HandshakeAccepted,
     Message,
     Ok,
     Prefill,
@@ -48,7 +51,6 @@ from protocol.messages import (
     TokenFrame,
     TokenUpdate,
     WorkerStats,
-    WriterDone,
 )
 from protocol.network import Clock, Network, Peer
 from protocol.ticket import FirstToken, Grant
@@ -57,7 +59,7 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 Compute = Callable[[Callable[[], _T]], Awaitable[_T]]
-CALL_TIMEOUT_S = 10.0
+MAX_CANCELS = 4096  # remembered: a Cancel may overtake its Prefill while that waits for a hand-shake
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,33 +74,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 512
     max_waiting: int = 4096
     transfer_timeout_s: float = 30.0
-
-
-class Job:
-    """One prompt here: its sequence, its grant, the link to its decode worker."""
-
-    def __init__(self, message: Prefill, gateway: Peer, sender: Sender, decode: Peer) -> None:
-        self.request = message.request
-        self.epoch = message.ticket.epoch
-        self.grant: Grant = message.grant
-        self.gateway = gateway
-        self.sender = sender
-        self.decode = decode
-        self.sequence = Sequence(
-            message.request, 0, output_token_ids=message.output_token_ids[0] if message.output_token_ids else ()
-        )
-        self.num_pushed = self.grant.num_cached_blocks  # blocks of the grant that are on their way, or that decode had
-        self.cached_tokens = 0
-        self.is_dropped = False
-
-
-class Link:
-    """What a hand-shake with one decode worker yielded."""
-
-    def __init__(self, peer: Peer, endpoint: KVEndpoint, sender: Sender) -> None:
-        self.peer = peer
-        self.endpoint = endpoint
-        self.sender = sender
 
 
 class PrefillWorker:
@@ -119,7 +94,6 @@ class PrefillWorker:
         self.runner = runner
         self.pool = pool
         self.outbound = Outbound(settings.incarnation, settings.layout, secret)
-        self._make_sender = make_sender
         self._network = network
         self._clock = clock
         self._compute = compute
@@ -128,8 +102,13 @@ class PrefillWorker:
         self._by_grant: dict[str, Job] = {}  # until our blocks are given back
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
-        self._links: dict[str, Link] = {}  # by decode incarnation
-        self._linking: dict[str, asyncio.Lock] = {}
+        handshake = Handshake(
+            settings.incarnation, settings.layout, settings.transports, settings.boot_id, settings.pid, settings.start_ticks
+        )
+        self._make_sender = make_sender
+        self._links = Links(handshake, lambda *peer: self._make_sender(*peer), network, clock, self._void)
+        self._cancels: OrderedDict[tuple[str, int], None] = OrderedDict()  # (request_id, epoch), oldest first
+        self._accepting: list[tuple[str, int]] = []  # attempts that wait for a hand-shake
         self._in_step = False
         self._after_step: list[Callable[[], None]] = []
         self._sealing: set[asyncio.Task[None]] = set()
@@ -147,6 +126,7 @@ class PrefillWorker:
         if isinstance(message, Prefill):
             return await self._accept(peer, message)
         if isinstance(message, Cancel):
+            self._remember_cancel(message)
             self._soon(lambda: self._cancel(message))
             return None
         if isinstance(message, StopWriting):
@@ -159,14 +139,16 @@ class PrefillWorker:
         def clean() -> None:
             for job in [j for j in self._jobs.values() if j.gateway is peer or j.decode is peer]:
                 if job.decode is peer:
-                    self._tell_failure(job, WorkerLost("the decode worker that granted the blocks is gone"))
-                self._drop(job)
-            for incarnation, link in list(self._links.items()):
-                if link.peer is peer:
-                    del self._links[incarnation]
-                    link.sender.close()
+                    self._fail(job, WorkerLost("the decode worker that granted the blocks is gone"))
+                else:
+                    self._drop(job)
 
+        self._links.lost(peer)
         self._soon(clean)
+
+    def wake(self) -> None:
+        """Blocks came back from somebody who is not a prompt of ours: who waits for some may look again."""
+        self._wake.set()
 
     async def _accept(self, gateway: Peer, message: Prefill) -> Ok:
         ticket, grant = message.ticket, message.grant
@@ -175,20 +157,16 @@ class PrefillWorker:
         if (grant.request_id, grant.epoch) != (message.request.request_id, ticket.epoch):
             raise TransferFailed("grant and ticket are not of the same attempt")
         if self.is_draining or len(self._jobs) >= self.settings.max_waiting:
-            raise Overloaded("this prefill worker takes no new work now", retry_after=1.0)
+            what = "is draining" if self.is_draining else f"has {len(self._jobs)} prompts already (prefill.max_waiting)"
+            raise ReservationRefused(f"this prefill worker {what}")
         needed = self.settings.layout.num_blocks_for(grant.num_tokens)
         if needed > self.pool.num_blocks:
-            raise InvalidRequest(
-                f"the prompt needs {needed} KV blocks, the prefill pool has {self.pool.num_blocks}; shorten it or raise "
-                "--num-gpu-blocks-override (model.kv_cache_bytes on a CPU)",
-                param="prompt",
+            raise TransferFailed(  # of this worker; another one, or decode itself, may have the room
+                f"the prompt needs {needed} KV blocks, this prefill pool has {self.pool.num_blocks}; raise "
+                "--num-gpu-blocks-override (model.kv_cache_bytes on a CPU)"
             )
-        known = self._jobs.get(grant.request_id)
-        if known is not None:
-            if known.epoch >= grant.epoch:
-                raise TransferFailed(f"epoch {grant.epoch} is stale: {known.epoch} is here")
-            self._soon(lambda: self._drop(known))
-        link = await self._link(grant)
+        self._supersede(grant)
+        link = await self._link(grant, gateway)
         self.outbound.opened(grant, self._clock())
         try:
             link.sender.open(grant, link.endpoint)
@@ -203,28 +181,39 @@ class PrefillWorker:
         self._wake.set()
         return Ok()
 
-    async def _link(self, grant: Grant) -> Link:
-        """The link to a decode worker's present life, by hand-shake where there is none."""
-        incarnation = grant.decode_incarnation
-        async with self._linking.setdefault(incarnation, asyncio.Lock()):
-            known = self._links.get(incarnation)
-            if known is not None and not known.peer.is_closed:
-                return known
-            difference = self.settings.layout.difference(grant.layout)
-            if difference is not None:
-                raise TransferFailed(f"prefill and decode differ: {difference}")
-            peer = await self._network.connect(grant.control_address)
-            s = self.settings
-            message = Handshake(s.incarnation, s.layout, s.transports, s.boot_id, s.pid, s.start_ticks)
-            answer = await peer.call(message, CALL_TIMEOUT_S)
-            assert isinstance(answer, HandshakeAccepted)
-            if answer.incarnation != incarnation:
-                raise TransferFailed(f"at {grant.control_address} lives {answer.incarnation}, not {incarnation}")
-            for grant_id in answer.void_grants:
-                self.outbound.stop_writing(grant_id, self._clock())
-            link = Link(peer, answer.endpoint, self._make_sender(answer.endpoint, incarnation))
-            self._links[incarnation] = link
-            return link
+    def _supersede(self, grant: Grant) -> None:
+        """One attempt of a request at a time, the newest."""
+        known = self._jobs.get(grant.request_id)
+        if known is not None:
+            if known.epoch >= grant.epoch:
+                raise TransferFailed(f"epoch {grant.epoch} is stale: {known.epoch} is here")
+            self._soon(lambda: self._drop(known))
+
+    async def _link(self, grant: Grant, gateway: Peer) -> Link:
+        """The link to the decode worker that gave the grant. A hand-shake takes time: what changed meanwhile is looked at again.
+
+        Raises HandshakeRefused when the layouts differ, which no retry mends, and errors that a retry may mend for the rest.
+        """
+        difference = self.settings.layout.difference(grant.layout)
+        if difference is not None:
+            pair = f"prefill {self.settings.incarnation} and decode {grant.decode_incarnation}"
+            raise HandshakeRefused(f"{pair} differ: {difference}")
+        attempt = (grant.request_id, grant.epoch)
+        self._accepting.append(attempt)
+        try:
+            link = await self._links.to(grant.decode_incarnation, grant.control_address)
+        except HandshakeRefused as error:
+            raise TransferFailed(f"no link to the decode worker: {error.message}") from error
+        finally:
+            self._accepting.remove(attempt)
+        if gateway.is_closed:
+            raise WorkerLost(f"the gateway of {grant.request_id} is gone")
+        if attempt in self._cancels:
+            raise TransferFailed(f"{grant.request_id}, epoch {grant.epoch}, was cancelled")
+        if link.peer.is_closed:
+            raise WorkerLost("the decode worker that granted the blocks is gone")
+        self._supersede(grant)
+        return link
 
     # ---- giving up -------------------------------------------------------------------------------------------------
 
@@ -234,6 +223,14 @@ class PrefillWorker:
         else:
             act()
 
+    def _remember_cancel(self, message: Cancel) -> None:
+        if message.choice is not None:
+            return
+        any_epoch = [attempt for attempt in self._accepting if attempt[0] == message.request_id]
+        self._cancels.update(dict.fromkeys(any_epoch if message.epoch == 0 else [(message.request_id, message.epoch)]))
+        while len(self._cancels) > MAX_CANCELS:
+            self._cancels.popitem(last=False)
+
     def _cancel(self, message: Cancel) -> None:
         job = self._jobs.get(message.request_id)
         if job is not None and message.epoch in (0, job.epoch) and message.choice is None:
@@ -241,6 +238,12 @@ class PrefillWorker:
 
     def _tell_failure(self, job: Job, error: TandemError, stage: str = "prefill") -> None:
         job.gateway.send(RequestFailed(job.request.request_id, job.epoch, stage, to_failure(error)))
+
+    def _fail(self, job: Job, error: TandemError, stage: str = "prefill") -> None:
+        """Take it down first: telling may fail as well, and must not keep its blocks."""
+        if not job.is_dropped:
+            self._drop(job)
+            self._tell_failure(job, error, stage)
 
     def _drop(self, job: Job) -> None:
         """Take one prompt down; its blocks come back once no store of ours reads them. Idempotent."""
@@ -261,7 +264,7 @@ class PrefillWorker:
         self.outbound.failing(grant_id)
         await job.sender.abort(grant_id)
         self.outbound.aborted(grant_id)
-        job.decode.send(WriterDone(grant_id))
+        self._links.writer_done(job.grant)
         self._release(job)
 
     async def _stop_writing(self, message: StopWriting) -> Ok:
@@ -271,6 +274,12 @@ class PrefillWorker:
             await job.sender.abort(message.grant_id)
             self._soon(lambda: self._drop(job))
         return Ok()
+
+    def _void(self, grant_id: str) -> None:
+        """A decode worker says at the hand-shake what it took back before it knew us; it does not wait for our word."""
+        if not self.outbound.stop_writing(grant_id, self._clock()):
+            job = self._by_grant[grant_id]
+            self._soon(lambda: self._drop(job))
 
     def _release(self, job: Job) -> None:
         self.pool.release(job.sequence.blocks)
@@ -294,34 +303,48 @@ class PrefillWorker:
             await self.step()
 
     async def step(self) -> None:
-        """Plan, run, emit."""
+        """Plan, run, emit. Whatever goes wrong fails the prompts of this step, and the loop goes on (R11)."""
         self._admit()
-        planned = plan([job.sequence for job in self._active], self.settings.max_num_batched_tokens)
-        jobs = {id(job.sequence): job for job in self._active}
-        chunks = [self._chunk(jobs[id(sequence)], num_tokens) for sequence, num_tokens in planned]
-        pushes = [self._completed_blocks(jobs[id(c.sequence)], c) for c in chunks]
-        self._in_step = True
+        in_step = list(self._active)
         started = time.perf_counter()
         try:
-            result = await self._compute(lambda: self.runner.run(chunks, lambda layer: _push(layer, pushes)))
-        except Exception as error:  # R11: the batch fails, the loop goes on
-            log.exception("a prefill step failed")
-            failure = InternalError(f"a prefill step failed ({type(error).__name__}); the worker's log has the details")
-            result = None
-            for chunk in chunks:
-                self._give_up(jobs[id(chunk.sequence)], failure)
-        finally:
-            self._in_step = False
+            planned = plan([job.sequence for job in in_step], self.settings.max_num_batched_tokens)
+            jobs = {id(job.sequence): job for job in in_step}
+            in_step = [jobs[id(sequence)] for sequence, _ in planned] or in_step
+            chunks = [jobs[id(sequence)].chunk(num_tokens) for sequence, num_tokens in planned]
+            pushes = [jobs[id(c.sequence)].completed_blocks(c) for c in chunks]
+            self._in_step = True
+            try:
+                result = await self._compute(lambda: self.runner.run(chunks, lambda layer: _push(layer, pushes)))
+            finally:
+                self._in_step = False
+            self._emit(chunks, result, jobs)
+        except Exception as error:
+            for job in in_step:
+                self._give_up(job, _step_failed(error))
         self._counts["num_steps"] += 1
         self._counts["step_s"] += time.perf_counter() - started
-        if result is not None:
-            self._emit(chunks, result, jobs)
+        self._act()
+
+    def _act(self) -> None:
         acts, self._after_step = self._after_step, []
         for act in acts:
-            act()
+            try:
+                act()
+            except Exception:  # one prompt's end must not stand in the way of the others'
+                log.exception("after a prefill step")
 
     def _admit(self) -> bool:
         """Let waiting prompts in while there are blocks for them whole. True when somebody is active."""
+        try:
+            self._let_in()
+        except Exception as error:  # the head of the queue is what cannot be let in
+            if self._waiting:
+                self._give_up(self._waiting[0], _step_failed(error))
+            self._act()
+        return bool(self._active)
+
+    def _let_in(self) -> None:
         layout = self.settings.layout
         needs = [layout.num_blocks_for(job.grant.num_tokens) for job in list(self._waiting)[: self.settings.max_num_seqs]]
         for _ in range(num_admissible(needs, len(self._active), self.settings.max_num_seqs, self.pool.num_free)):
@@ -335,37 +358,27 @@ class PrefillWorker:
             self._counts["prefix_queries"] += job.grant.num_tokens
             self._counts["prefix_hits"] += job.cached_tokens
             self._active.append(job)
-        return bool(self._active)
-
-    def _chunk(self, job: Job, num_tokens: int) -> Chunk:
-        sequence = job.sequence
-        if num_tokens < sequence.num_uncomputed:
-            return Chunk(sequence, num_tokens, ())
-        return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(c) for c in range(1, job.request.sampling.n))))
-
-    def _completed_blocks(self, job: Job, chunk: Chunk) -> tuple[Sender, str, list[tuple[int, int]]]:
-        """(my block, its index in the grant) for all blocks that are whole after this chunk and were not sent before."""
-        layout = self.settings.layout
-        end = job.sequence.num_computed + chunk.num_tokens
-        num_whole = layout.num_blocks_for(end) if end == job.grant.num_tokens else end // layout.block_size
-        pairs = [(job.sequence.blocks[i], i) for i in range(job.num_pushed, num_whole)]
-        job.num_pushed = max(job.num_pushed, num_whole)
-        return job.sender, job.grant.grant_id, pairs
 
     def _emit(self, chunks: list[Chunk], result: StepResult, jobs: dict[int, Job]) -> None:
         samples = {id(sample.sequence): sample for sample in result.samples}
         for chunk in chunks:
             job = jobs[id(chunk.sequence)]
-            job.sequence.num_computed += chunk.num_tokens
-            self._counts["prompt_tokens"] += chunk.num_tokens
-            seal_full_blocks(self.pool, job.sequence, self.settings.layout)
-            if not chunk.samples or job.is_dropped:
-                continue
-            self._active.remove(job)
-            bad = next((samples[id(s)].error for s in chunk.samples if samples[id(s)].error is not None), None)
-            if bad is not None:
-                self._give_up(job, InternalError(bad))
-                continue
+            try:
+                self._advance(job, chunk, samples)
+            except Exception as error:  # the others of this step are none the worse
+                self._give_up(job, _step_failed(error))
+
+    def _advance(self, job: Job, chunk: Chunk, samples: dict[int, Sample]) -> None:
+        job.sequence.num_computed += chunk.num_tokens
+        self._counts["prompt_tokens"] += chunk.num_tokens
+        seal_full_blocks(self.pool, job.sequence, self.settings.layout)
+        if not chunk.samples or job.is_dropped:
+            return
+        self._active.remove(job)
+        bad = next((samples[id(s)].error for s in chunk.samples if samples[id(s)].error is not None), None)
+        if bad is not None:
+            self._give_up(job, InternalError(bad))
+        else:
             self._first_tokens(job, [(s, samples[id(s)]) for s in chunk.samples])
 
     def _first_tokens(self, job: Job, sampled: list) -> None:
@@ -414,36 +427,30 @@ class PrefillWorker:
             if not job.is_dropped:
                 fault = error if isinstance(error, TandemError) else InternalError("the hand-over failed; see the log")
                 self._counts["transfers_failed"] += 1
-                self._tell_failure(job, TransferFailed(f"KV transfer: {fault.message}"), "transfer")
-                self._drop(job)
+                self._fail(job, TransferFailed(f"KV transfer: {fault.message}"), "transfer")
             return
         self._counts["transfers"] += 1
         self._counts["transfer_s"] += time.perf_counter() - started
         self._counts["transfer_bytes"] += manifest.num_written * self.settings.layout.block_nbytes
         if not job.is_dropped:
             job.is_dropped = True
-            self._jobs.pop(job.request.request_id, None)
+            if self._jobs.get(job.request.request_id) is job:
+                del self._jobs[job.request.request_id]
             self._release(job)
 
     def _give_up(self, job: Job, error: TandemError) -> None:
-        def act() -> None:
-            self._tell_failure(job, error)
-            self._drop(job)
-
-        self._after_step.append(act)
+        self._after_step.append(lambda: self._fail(job, error))
 
     # ---- what others see -------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Prompts whose lease ran out before they were even started are not worth starting."""
+        """Prompts whose lease ran out before they were even started are not worth starting; words still owed are said."""
+        self._links.tick()
         for grant_id in self.outbound.expired(self._clock()):
             job = self._by_grant.get(grant_id)
             if job is not None:
-                self._soon(lambda job=job: self._expire(job))
-
-    def _expire(self, job: Job) -> None:
-        self._tell_failure(job, TransferFailed("the lease ran out before the prefill was done (transfer.lease_s)"), "transfer")
-        self._drop(job)
+                error = TransferFailed("the lease ran out before the prefill was done (transfer.lease_s)")
+                self._soon(functools.partial(self._fail, job, error, "transfer"))
 
     @property
     def is_idle(self) -> bool:
@@ -477,8 +484,7 @@ class PrefillWorker:
 
     def check_integrity(self) -> None:
         self.pool.check_integrity()
-        if self.is_idle:
-            assert not self._active and not self._waiting and self.pool.num_used == 0
+        assert not self.is_idle or (not self._active and not self._waiting and self.pool.num_used == 0)
 
 
 def _push(layer: int, pushes: list[tuple[Sender, str, list[tuple[int, int]]]]) -> None:
@@ -486,3 +492,8 @@ def _push(layer: int, pushes: list[tuple[Sender, str, list[tuple[int, int]]]]) -
     for sender, grant_id, pairs in pushes:
         if pairs:
             sender.push(grant_id, layer, pairs)
+
+
+def _step_failed(error: Exception) -> InternalError:
+    log.error("a prefill step failed", exc_info=error)
+    return InternalError(f"a prefill step failed ({type(error).__name__}); the worker's log has the details")

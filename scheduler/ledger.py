@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Callable
 
 from protocol.messages import WorkerBeat, WorkerInfo, WorkerStats
 from protocol.ticket import WorkerRef
@@ -196,10 +196,10 @@ class Ledger:
         if was_head:
             worker.prefill_head_since = now
 
-    def beat(self, worker: WorkerState, beat: WorkerBeat, now: float, ended: Container[str] = ()) -> list[Entry]:
+    def beat(self, worker: WorkerState, beat: WorkerBeat, now: float, is_over: Callable[[str, int], bool]) -> list[Entry]:
         """Correct what this heartbeat contradicts. Returns the requests that it runs and nobody here knows: adopted.
 
-        ended: requests known to be over, whose worker may have beaten before it heard of that.
+        is_over: whether this (request_id, epoch) is known to be over, though its worker has not heard of that yet.
         """
         worker.last_beat_at = now
         worker.state = beat.state
@@ -222,7 +222,7 @@ class Ledger:
                     self.free(entry, now)
             elif now - entry.placed_at > UNSEEN_S:
                 self.free(entry, now)
-        return self._adopt(worker, {r: e for r, e in running.items() if r not in ended}, now)
+        return self._adopt(worker, {r: e for r, e in running.items() if not is_over(r, e)}, now)
 
     def _correct_prefills(self, worker: WorkerState, running: dict[str, int], now: float) -> None:
         for entry in list(worker.prefills.values()):

@@ -65,15 +65,27 @@ def place(
     output: OutputLength,
     matches: Mapping[str, int],
     rules: Rules,
+    queued_at: float,
     now: float,
 ) -> Placement | Blocked:
-    """Where this request goes now. `workers`: those of its model. `matches`: incarnation -> leading hashes it holds."""
+    """Where this request goes now. `workers`: those of its model. `matches`: incarnation -> leading hashes it holds.
+
+    Excluded workers are the last choice, not a forbidden one: a decode worker that failed this request takes it when there
+    is no other and a heartbeat since `queued_at` shows that it lives; a prefill worker when decode cannot prefill either.
+    """
     excluded = admit.excluded
-    usable = [w for w in workers if w.takes_work and not (excluded and w.incarnation in excluded)]
+    taking = [w for w in workers if w.takes_work]
+    usable = [w for w in taking if w.incarnation not in excluded] if excluded else taking
     decodes = [w for w in usable if w.info.role == "decode"]
+    if not decodes and excluded:
+        decodes = [w for w in taking if w.info.role == "decode" and w.last_beat_at > queued_at]
     if not decodes:
         return Blocked.NO_WORKER
-    prefills = [] if admit.local_prefill else [w for w in usable if w.info.role == "prefill"]
+    prefills = [w for w in usable if w.info.role == "prefill"]
+    if excluded and not prefills and not any(w.info.can_prefill for w in decodes):
+        prefills = [w for w in taking if w.info.role == "prefill"]
+    if admit.local_prefill:
+        prefills = []
     expected = output.expected(admit.max_tokens)
 
     def cached(worker: WorkerState) -> int:
@@ -114,15 +126,17 @@ def place(
 def _best_prefill(
     admit: Admit, prefills: Sequence[WorkerState], cached: Callable[[WorkerState], int], now: float
 ) -> BestPrefill | None:
-    """Least predicted TTFT; None without a prefill worker. Ties go to the one with the shorter queue."""
+    """Least predicted TTFT; None without a prefill worker whose pool holds the prompt. Ties: the shorter queue."""
     best: tuple[float, int, str] | None = None
     found: BestPrefill | None = None
     for worker in prefills:
-        ttft, prefill_s = _queue_and_prefill(admit, worker, cached(worker), now)
         layout = worker.info.layout
+        num_blocks = layout.num_blocks_for(admit.prompt_len)
+        if num_blocks > worker.info.num_blocks:
+            continue
+        ttft, prefill_s = _queue_and_prefill(admit, worker, cached(worker), now)
         # Layers travel while the next ones compute; what is left at the end is about one layer's share of the blocks.
-        tail = layout.num_blocks_for(admit.prompt_len) * layout.run_nbytes
-        ttft += worker.cost.transfer_s(tail)
+        ttft += worker.cost.transfer_s(num_blocks * layout.run_nbytes)
         rank = (ttft, len(worker.prefills), worker.incarnation)
         if best is None or rank < best:
             best, found = rank, BestPrefill(worker, ttft, prefill_s)
@@ -156,6 +170,14 @@ def _load(worker: WorkerState) -> tuple[int, int, str]:
     return worker.num_decoding + worker.num_coming, worker.blocks_at_end, worker.incarnation
 
 
+def _blocks_to_begin(admit: Admit, worker: WorkerState) -> int:
+    wanted = blocks_to_reserve(worker.info, admit.prompt_len, admit.num_choices)
+    if admit.resumption and admit.local_prefill and not worker.entries:
+        # Choices that differ come back one after the other, so alone it needs no more than the first of them does.
+        return min(wanted, worker.info.layout.num_blocks_for(admit.prompt_len))
+    return wanted
+
+
 def _predicted_tpot(
     admit: Admit, worker: WorkerState, output: OutputLength, until_first: Callable[[WorkerState], float]
 ) -> float | None:
@@ -165,7 +187,7 @@ def _predicted_tpot(
     info, cost, choices = worker.info, worker.cost, admit.num_choices
     # The worker keeps a block free for every other running sequence's next token; so must this prediction.
     headroom = (worker.num_decoding + worker.num_coming) // 2
-    if worker.num_free_blocks < blocks_to_reserve(info, admit.prompt_len, choices) + headroom:
+    if worker.num_free_blocks < _blocks_to_begin(admit, worker) + headroom:
         return None
     drift = worker.decode_drift.factor
     survivors = 0.0

@@ -47,7 +47,7 @@ class Order(Protocol):
     def remove(self, item: Item) -> None: ...
 
     def __iter__(self) -> Iterator[Item]:
-        """First to be served first. The caller adds and removes nothing meanwhile."""
+        """First to be served first. Meanwhile the caller adds nothing, and may remove what it was given already."""
         ...
 
 
@@ -71,7 +71,7 @@ class Fcfs:
         del self._keys[bisect.bisect_left(self._keys, self.key(item))]
 
     def __iter__(self) -> Iterator[Item]:
-        for key in self._keys:
+        for key in tuple(self._keys):
             yield self._items[key[2]]
 
 

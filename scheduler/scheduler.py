@@ -11,13 +11,14 @@ Pure: no sockets, no Ray, no clock; whoever drives it passes `now`, seconds of o
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 from configs.schema import SchedulerConfig
-from protocol.errors import DeadlineExceeded, Failure, InvalidRequest, PromptTooLong, TandemError, to_failure
+from protocol.errors import DeadlineExceeded, Failure, InternalError, InvalidRequest, PromptTooLong, TandemError, to_failure
 from protocol.messages import Admit, GatewayBeat, Outcome, Progress, WorkerBeat, WorkerInfo, WorkerPhase
 from protocol.ticket import Ticket
 from scheduler import admission
@@ -31,6 +32,8 @@ from scheduler.prefix_index import PrefixIndex
 from scheduler.queue import Fcfs, Item, Order, Queue
 from scheduler.records import Gateway, Records
 from scheduler.status import status_of
+
+log = logging.getLogger(__name__)
 
 HASH_BLOCK_LEN = 64  # tokens behind one of Admit.prefix_hashes; the gateways hash by the same
 MAX_REMEMBERED = 65_536  # requests whose last epoch, or whose end, is remembered, so that a late message changes nothing
@@ -78,7 +81,8 @@ class Scheduler:
         self._draw = draw
         self._next_position = 0
         self._minted: OrderedDict[str, tuple[int, int]] = OrderedDict()  # request_id -> its last epoch, its position
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        # Over -> whether somebody said so; those whose gateway only stopped naming them may turn out to run on.
+        self._ended: OrderedDict[str, bool] = OrderedDict()
         self._last_alive_at: dict[str, float] = {}  # model -> when a decode worker of it was last alive
         self._started_at: float | None = None
         self._has_news = False
@@ -141,12 +145,12 @@ class Scheduler:
             return out
         self._has_news, self._retry_at = False, float("inf")
         blocked: set[str] = set()  # models whose first in line waits for room: nobody overtakes
-        decided: list[str] = []
+        was_backlog = len(self.queue) > 1
         for item in self.queue:
             model = item.admit.model
             if model in blocked:
                 continue
-            decision = self._try(item, now)
+            decision = self._try(item, now, was_backlog)
             if isinstance(decision, Blocked):
                 self._retry_at = now + RETRY_S
                 if decision is Blocked.NO_ROOM:
@@ -154,10 +158,8 @@ class Scheduler:
                     if blocked >= self._by_model.keys():
                         break
             else:
+                self.queue.remove(item.admit.request_id)
                 out.append(decision)
-                decided.append(item.admit.request_id)
-        for request_id in decided:
-            self.queue.remove(request_id)
         return out
 
     def progress(self, message: Progress, now: float) -> None:
@@ -216,7 +218,7 @@ class Scheduler:
         if worker is None:
             return False
         before = worker.stats
-        adopted = self.ledger.beat(worker, beat, now, self._ended)
+        adopted = self.ledger.beat(worker, beat, now, self._is_over)
         self.records.count("adopted", len(adopted))
         learn_from_beat(worker, before, beat.stats, now)
         self._has_news = True
@@ -252,6 +254,8 @@ class Scheduler:
             self._drop_unheld(request_id, now)
         gateway.held = held
         for request_id in held:
+            if self._ended.get(request_id) is False:
+                del self._ended[request_id]  # omitted once, or by another of the same name: a heartbeat adopts it again
             entry = self.ledger.entries.get(request_id)
             if entry is not None:
                 entry.gateway_id = beat.gateway_id
@@ -293,11 +297,26 @@ class Scheduler:
 
     # ---- placing ---------------------------------------------------------------------------------------------------
 
-    def _try(self, item: Item, now: float) -> Decision | Blocked:
+    def _try(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
+        """One item's decision. A bug of ours fails this item alone: the others' turn comes all the same."""
+        try:
+            return self._decide(item, now, was_backlog)
+        except Exception:
+            log.exception("while placing request %s", item.admit.request_id)
+            self.queue.remove(item.admit.request_id)
+            entry = self.ledger.entries.get(item.admit.request_id)
+            if entry is not None:
+                self._free(entry, now)
+            error = InternalError("the scheduler could not place this request; its log has the details")
+            if item.admit.last_epoch == 0:
+                self.records.count("failed")  # its outcome will look like a refusal's, which counts no failure
+            return self._fail(item, error, None)
+
+    def _decide(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         admit = item.admit
         matches = self.index.match(admit.prefix_hashes) if self._use_index else {}
         workers = self._by_model.get(admit.model, [])
-        found = place(admit, workers, self.costs.output(admit.model), matches, self.rules, now)
+        found = place(admit, workers, self.costs.output(admit.model), matches, self.rules, item.queued_at, now)
         if found is Blocked.NO_WORKER:
             if now - max(self._without_since(admit.model), item.queued_at) > self.config.recovery_s:
                 error = admission.no_worker(admit.model, self._until_worker(admit.model, now), self._draw)
@@ -305,13 +324,17 @@ class Scheduler:
             return found
         if isinstance(found, Blocked):
             return found
-        return self._book(item, found, now)
+        return self._book(item, found, now, was_backlog)
 
-    def _book(self, item: Item, placement: Placement, now: float) -> Ticket:
+    def _book(self, item: Item, placement: Placement, now: float, was_backlog: bool) -> Ticket:
         admit = item.admit
+        former = self.ledger.entries.get(admit.request_id)
+        if former is not None:
+            self._free(former, now)
+        assert item.epoch > self._last_minted(admit.request_id), "epochs only grow"
         self._mint(item)
         self._ended.pop(admit.request_id, None)
-        self.drain_rate.placed(admit.prompt_len, now, was_backlog=len(self.queue) > 1)
+        self.drain_rate.placed(admit.prompt_len, now, was_backlog)
         entry = Entry(
             request_id=admit.request_id,
             epoch=item.epoch,
@@ -335,10 +358,11 @@ class Scheduler:
         prefill = placement.prefill.ref if placement.prefill else None
         return Ticket(admit.request_id, item.epoch, placement.decode.ref, prefill, placement.ttft_s)
 
-    def _fail(self, item: Item, error: TandemError, reason: str) -> tuple[str, Failure]:
+    def _fail(self, item: Item, error: TandemError, reason: str | None) -> tuple[str, Failure]:
         self._mint(item)
         self._remember_end(item.admit.request_id)
-        self.records.reject(reason)
+        if reason is not None:
+            self.records.reject(reason)
         return item.admit.request_id, to_failure(error)
 
     # ---- refusing --------------------------------------------------------------------------------------------------
@@ -374,6 +398,8 @@ class Scheduler:
                 "(model.kv_cache_bytes on a CPU)",
                 param="max_tokens",
             )
+        if admit.resumption:
+            return  # its choices, grown by now, come back one after the other
         if blocks_to_reserve(largest, admit.prompt_len, admit.num_choices) > largest.num_blocks:
             self.records.reject("too_long")
             raise InvalidRequest(
@@ -427,20 +453,28 @@ class Scheduler:
         if item is None and entry is None:
             return
         self.records.count("abandoned")
-        self._remember_end(request_id)
+        self._remember_end(request_id, was_told=False)
         if entry is not None:
             self._free(entry, now)
 
-    def _remember_end(self, request_id: str) -> None:
-        self._ended[request_id] = None
+    def _is_over(self, request_id: str, epoch: int) -> bool:
+        """Not to be adopted from a heartbeat: it has ended, waits to be placed again, or has had a later attempt."""
+        if request_id in self._ended or request_id in self.queue:
+            return True
+        return epoch < self._last_minted(request_id)
+
+    def _last_minted(self, request_id: str) -> int:
+        return self._minted.get(request_id, (0, 0))[0]
+
+    def _remember_end(self, request_id: str, was_told: bool = True) -> None:
+        self._ended[request_id] = was_told
         while len(self._ended) > MAX_REMEMBERED:
             self._ended.popitem(last=False)
 
     def _mint(self, item: Item) -> None:
         """The epoch is given away: the next attempt's is above it, and in the same place of the queue."""
         request_id = item.admit.request_id
-        assert item.epoch > self._minted.get(request_id, (0, 0))[0], "epochs only grow"
-        self._minted[request_id] = (item.epoch, item.position)
+        self._minted[request_id] = (max(item.epoch, self._last_minted(request_id)), item.position)
         self._minted.move_to_end(request_id)
         while len(self._minted) > MAX_REMEMBERED:
             self._minted.popitem(last=False)

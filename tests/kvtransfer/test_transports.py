@@ -308,3 +308,33 @@ def test_an_unforeseen_error_ends_one_transfer_and_not_the_thread(pair, run):
         sender.close()
 
     run(scenario())
+
+
+def test_every_abort_of_a_grant_waits_for_the_store_under_way(pair, run):
+    """A second caller, one that comes after the first gave up waiting, one after finish() failed: none returns early."""
+    lane = StuckLane(pair.receiver("shm").endpoint())
+    outbox = Outbox(lane, pair.source)
+    grant = pair.grant()
+
+    async def scenario():
+        outbox.open(grant, lane.endpoint)
+        pair.push_all(outbox, grant)
+        finishing = asyncio.create_task(outbox.finish(grant.grant_id, 5.0))
+        await asyncio.sleep(0.1)
+        first = asyncio.create_task(outbox.abort(grant.grant_id))
+        await asyncio.sleep(0.02)
+        with pytest.raises(TransferFailed, match="aborted"):
+            await finishing
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        others = [asyncio.create_task(outbox.abort(grant.grant_id)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert not any(other.done() for other in others)
+        lane.may_go.set()
+        await asyncio.wait_for(asyncio.gather(*others), 2.0)
+        assert lane.num_stored == 1, "nothing was stored after the abort began"
+        await asyncio.wait_for(outbox.abort(grant.grant_id), 1.0)
+        assert not outbox._stopping
+
+    run(scenario())
+    outbox.close()

@@ -14,6 +14,7 @@ from protocol.errors import Failure, InvalidRequest, NoWorker, Overloaded, Promp
 from protocol.kv import KVLayout
 from protocol.messages import Admit, GatewayBeat, Outcome, Progress, WorkerBeat, WorkerInfo, WorkerPhase, WorkerStats
 from protocol.ticket import Ticket
+from scheduler.ledger import Entry
 from scheduler.scheduler import Scheduler
 
 MODEL = "m"
@@ -359,6 +360,83 @@ def test_one_that_may_use_nobody_does_not_hold_up_the_others() -> None:
     assert [t.request_id for t in tickets(scheduler, 0.0)] == ["a"]
 
 
+def test_who_was_blamed_is_used_again_where_there_is_no_other_and_it_lives() -> None:
+    scheduler = make(worker("d"), config=SchedulerConfig(recovery_s=5))
+    place(scheduler, admit("a"))
+    again = admit("a", resumption=True, excluded=("d#1",), last_epoch=1)
+    scheduler.submit(again, 1.0)
+    assert tickets(scheduler, 1.0) == [], "it may be dead, and nobody has noticed yet"
+    scheduler.heartbeat(beat("d"), 1.5)
+    (ticket,) = tickets(scheduler, 1.5)
+    assert (ticket.decode.incarnation, ticket.epoch) == ("d#1", 2)
+    scheduler.register(worker("e"), 2.0)
+    scheduler.submit(admit("a", resumption=True, excluded=("d#1",), last_epoch=2), 2.0)
+    scheduler.heartbeat(beat("d"), 2.1)
+    assert [t.decode.incarnation for t in tickets(scheduler, 2.1)] == ["e#1"], "another one is better"
+
+
+def test_a_blamed_prefill_worker_is_used_again_where_decode_cannot_prefill() -> None:
+    scheduler = make(worker("p", "prefill"), worker("d", can_prefill=False))
+    assert place(scheduler, admit("a", prompt_len=2000, excluded=("p#1",))).prefill is not None
+
+
+def test_a_prompt_that_no_prefill_pool_holds_is_prefilled_by_decode() -> None:
+    scheduler = make(worker("p", "prefill", num_blocks=10), worker("d"))
+    assert place(scheduler, admit("a", prompt_len=160)).prefill is not None
+    assert place(scheduler, admit("b", prompt_len=161)).prefill is None
+    scheduler.register(worker("q", "prefill"), 0.0)
+    ticket = place(scheduler, admit("c", prompt_len=161))
+    assert ticket.prefill is not None
+    assert ticket.prefill.incarnation == "q#1"
+
+
+def test_a_request_that_waits_again_is_not_adopted_from_its_former_worker() -> None:
+    scheduler = make(worker("d"))
+    place(scheduler, admit("a"))
+    scheduler.heartbeat(beat("d", [("a", 1)]), 0.5)
+    scheduler.submit(admit("a", resumption=True, excluded=("d#1",), last_epoch=1), 0.6)
+    assert tickets(scheduler, 0.7) == []
+    scheduler.heartbeat(beat("d", [("a", 1)], state="draining"), 1.0)  # it has not noticed yet
+    assert scheduler.ledger.entries == {}
+    scheduler.register(worker("e"), 1.1)
+    scheduler.submit(admit("b"), 1.2)
+    assert [(t.request_id, t.epoch) for t in tickets(scheduler, 1.3)] == [("a", 2), ("b", 1)]
+    scheduler.worker_lost("e#1", 1.4)
+    scheduler.heartbeat(beat("d", [("a", 1)]), 1.5)
+    assert scheduler.ledger.entries == {}, "a later attempt was given away: this one is stale"
+
+
+def test_a_bug_while_one_request_is_placed_fails_that_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make(worker("d"))
+    book = scheduler.ledger.book
+
+    def broken(entry: Entry, now: float) -> None:
+        book(entry, now)
+        assert entry.request_id != "b", "of all invariants, this one"
+
+    monkeypatch.setattr(scheduler.ledger, "book", broken)
+    for name in "abc":
+        scheduler.submit(admit(name), 0.0)
+    found = scheduler.decisions(0.0)
+    assert [d.request_id if isinstance(d, Ticket) else (d[0], d[1].kind) for d in found] == ["a", ("b", "InternalError"), "c"]
+    assert set(scheduler.ledger.entries) == {"a", "c"}
+    assert scheduler.status(0.0)["counters"]["failed"] == 1
+    assert len(scheduler.queue) == 0
+    scheduler.check_integrity()
+
+
+def test_choices_that_differ_are_placed_again_though_together_they_have_outgrown_the_pool() -> None:
+    scheduler = make(worker("d", num_blocks=20))
+    place(scheduler, admit("a", prompt_len=10, max_tokens=300, num_choices=8))
+    scheduler.submit(admit("other", prompt_len=10), 0.0)
+    resumed = admit(
+        "a", prompt_len=210, max_tokens=100, num_choices=8, resumption=True, local_prefill=True, excluded=("d#1",), last_epoch=1
+    )
+    scheduler.submit(resumed, 1.0)
+    scheduler.heartbeat(beat("d", num_free_blocks=20), 1.5)
+    assert "a" in [t.request_id for t in tickets(scheduler, 1.5)]
+
+
 def test_a_draining_worker_gets_nothing_new() -> None:
     scheduler = make(worker("d"), worker("e"))
     scheduler.heartbeat(beat("e", state="draining"), 0.5)
@@ -411,6 +489,21 @@ def test_a_gateway_frees_what_it_held_by_silence_or_by_omission() -> None:
     assert tickets(scheduler, 7.5) == []
     counters = scheduler.status(7.5)["counters"]
     assert (counters["gateways_lost"], counters["abandoned"]) == (1, 3)
+
+
+def test_a_gateway_that_comes_back_has_its_requests_adopted_again() -> None:
+    scheduler = make(worker("d"), gateway_lease_s=5.0)
+    for name in ("a", "b"):
+        place(scheduler, admit(name))
+    scheduler.gateway_beat(GatewayBeat("g", (("a", 1), ("b", 1))), 1.0)
+    for now in (2.0, 4.0, 6.0):
+        scheduler.heartbeat(beat("d", [("a", 1), ("b", 1)]), now)
+    scheduler.tick(6.5)
+    assert scheduler.ledger.entries == {}
+    scheduler.outcome(outcome("b"), 6.6)
+    scheduler.gateway_beat(GatewayBeat("g", (("a", 1), ("b", 1))), 7.0)  # made before b's outcome was told
+    scheduler.heartbeat(beat("d", [("a", 1), ("b", 1)]), 7.5)
+    assert set(scheduler.ledger.entries) == {"a"}, "what was told is over"
 
 
 # ---- what is seen from outside ---------------------------------------------------------------------------------------

@@ -127,7 +127,9 @@ class Cluster(RuleBasedStateMachine):
                 request_id, epoch = decision.request_id, decision.epoch
                 message = self.waiting.pop(request_id)
                 assert decision.decode.incarnation in self.alive, "never on the dead"
-                assert decision.decode.incarnation not in message.excluded
+                if decision.decode.incarnation in message.excluded:
+                    others = [w for w in self.scheduler.workers.values() if w.takes_work and w.info.role == "decode"]
+                    assert {w.incarnation for w in others} <= set(message.excluded), "only where there is no other"
                 assert decision.decode.role == "decode"
                 if decision.prefill is not None:
                     assert decision.prefill.incarnation in self.alive
@@ -221,7 +223,8 @@ class Cluster(RuleBasedStateMachine):
             for t in self.running.values()
             if incarnation in (t.decode.incarnation, t.prefill.incarnation if t.prefill else "")
         ]
-        running = () if forget else (*mine, ("stranger", 2))
+        stale = [(r, self.epochs[r]) for r in self.waiting if self.epochs.get(r)]
+        running = () if forget else (*mine, *stale, ("stranger", 2))
         info = self.alive[incarnation]
         stats = WorkerStats(
             num_free_blocks=min(free, info.num_blocks),
