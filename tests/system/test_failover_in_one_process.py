@@ -1,4 +1,4 @@
-"""Workers that die under running requests, in one process on the toy model: nothing lost, repeated or altered, nothing left behind."""
+"""Workers that die under running requests, in one process on the toy model: nothing lost, repeated, altered or left behind."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def test_a_dead_worker_costs_no_token(role):
             assert sum(events[-1].usage.num_resumptions for events in results) > 0
 
 
-@pytest.mark.parametrize(("prompt_len", "num_blocks"), [(40, 96), (320, 96)], ids=["finished choices", "choices that fill the pool"])
+@pytest.mark.parametrize(("prompt_len", "num_blocks"), [(40, 96), (320, 96)], ids=["small", "fills the pool"])
 async def test_choices_that_have_ended_are_not_started_again(prompt_len, num_blocks):
     """n = 4, one choice stopped by a stop string; then their decode worker dies."""
     async with cluster(prefill__replicas=0, decode__replicas=2, model__num_blocks_override=num_blocks) as made:
