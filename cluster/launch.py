@@ -29,6 +29,7 @@ from protocol.errors import ConfigError, TandemError
 log = logging.getLogger(__name__)
 
 APP_NAME = "tandem"
+FOLDER_PREFIX = "tandem-"
 QUESTION = "What does the prefill worker do, and what does the decode worker do?"
 POLL_S = 0.1
 DOUBLE_S = 1.0  # two signals within it are one: `make`, `timeout` and terminals deliver Ctrl-C twice
@@ -144,7 +145,8 @@ def _explained(what: str) -> Iterator[None]:
 def _private_ray(line: Line, hurry: threading.Event) -> Iterator[None]:
     """A Ray of our own, with token authentication, on loopback, in a directory of its own; gone afterwards."""
     try:
-        folder = tempfile.mkdtemp(prefix="tandem-", dir=_short_tmp())
+        _sweep(_short_tmp())
+        folder = tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=_short_tmp())
     except OSError as error:
         advice = "point TMPDIR at one that is writable"
         raise ConfigError(f"no folder for Ray's sockets and logs can be made: {error}; {advice}") from None
@@ -179,6 +181,16 @@ def _private_ray(line: Line, hurry: threading.Event) -> Iterator[None]:
     finally:
         _shut_down(ray, hurry)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: str) -> None:
+    """Folders of ours whose command was killed before it could remove them."""
+    import psutil
+
+    for path in Path(parent).glob(f"{FOLDER_PREFIX}*-*"):
+        pid = path.name.removeprefix(FOLDER_PREFIX).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)) and path.stat().st_uid == os.getuid():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _short_tmp() -> str:
@@ -322,17 +334,26 @@ Ctrl-C stops everything that was started.
 
 
 def _watch(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop: threading.Event) -> None:
-    """Until interrupted: tell of workers that come later, die or return."""
+    """Until interrupted: tell of workers that come later, die or return.
+
+    Missing twice in a row is gone; once may be a scheduler that has just been restarted and does not know everybody yet.
+    """
     known: dict[str, str] = {}
+    missed: set[str] = set()
     expected = config.prefill.replicas + config.decode.replicas
     while not stop.is_set():
-        status = _print_phases(actor, seen, line) if len(known) < expected else _status(actor)
-        alive = {w["name"]: w["incarnation"] for w in status.get("workers", ()) if w["alive"]}
-        for name in alive.keys() - known.keys():
-            line(f"{name} is serving")
-        for name in known.keys() - alive.keys():
-            line(f"{name} is gone; Serve starts another")
-        known = alive if status else known
+        status = _print_phases(actor, seen, line) if len(known) < expected or missed else _status(actor)
+        if status:
+            alive = {w["name"]: w["incarnation"] for w in status.get("workers", ()) if w["alive"]}
+            missing = known.keys() - alive.keys()
+            for name, incarnation in alive.items():
+                if known.get(name) != incarnation:
+                    line(f"{name} is serving" + (" again" if name in known else ""))
+            for name in missing & missed:
+                line(f"{name} is gone; Serve starts another")
+                del known[name]
+            missed = set(missing - missed)
+            known |= alive
         stop.wait(1.0)
 
 

@@ -99,7 +99,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     queue_timeout_s: Annotated[Seconds, says("a request waits so long to be placed, then 504")] = 300.0
     disaggregation_threshold: Annotated[
         CountOrAuto, says("a prompt with fewer uncached tokens is prefilled by its decode worker")
-    ] = 32
+    ] = 16
     heartbeat_s: Annotated[float, Meta(gt=0, le=60), says("period of the workers' heartbeats")] = 1.0
     heartbeat_misses: Annotated[int, Meta(ge=2, le=1000), says("missed heartbeats, then a worker counts as dead")] = 3
     recovery_s: Annotated[Seconds, says("requests wait so long for a worker while none is alive, then 503")] = 60.0

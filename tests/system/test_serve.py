@@ -167,6 +167,22 @@ def idle(served: Served) -> None:
     served.wait(is_idle, 20, "all blocks back")
 
 
+def test_a_killed_scheduler_costs_nobody_a_token(served):
+    """Running streams do not notice; a new request waits for its successor."""
+    idle(served)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        body = {"model": "bundled", "max_tokens": 300, "temperature": 0, "stream": True, "ignore_eos": True}
+        streams = [pool.submit(terminal_events, served, {**body, "prompt": f"# {i}\n{LONG}"}) for i in range(6)]
+        time.sleep(0.5)
+        os.kill(served.pid_of("tandem:scheduler"), signal.SIGKILL)
+        killed = time.monotonic()
+        served.wait(lambda: answers(served), 20, "new requests answered")
+        print(f"\nscheduler killed: answers after {time.monotonic() - killed:.1f} s")
+        assert [stream.result(timeout=120) for stream in streams] == [["length"]] * 6
+    served.wait(lambda: len(alive(served)) == 2, 20, "both workers registered again")
+    idle(served)
+
+
 @pytest.mark.parametrize("victim", ["prefill:0", "decode:0"])
 def test_a_killed_worker_costs_no_stream_its_end(served, victim):
     """Under load; new requests are answered within 20 s without a hand, and free blocks return to the starting count."""

@@ -109,7 +109,7 @@ def test_an_idle_connection_is_closed_after_keep_alive(served: Served) -> None:
 def test_kill_stops_everything_and_leaves_nothing_behind(served: Served) -> None:
     children = served.processes()
     assert children
-    folder = next(word for child in children for arg in child.cmdline() for word in re.findall(r"/[\w/]*/tandem-\w+", arg))
+    folder = next(word for child in children for arg in child.cmdline() for word in re.findall(r"/[\w/]*/tandem-[\w-]+", arg))
     assert Path(folder).is_dir()
     served.process.send_signal(signal.SIGTERM)
     served.process.send_signal(signal.SIGTERM)  # as a supervisor may: not a wish for haste
