@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
-SERVER = """#!{python}
+SERVER = """#!/bin/sh
+'''exec' "{python}" "$0" "$@" # an interpreter's path may hold spaces
+' '''
 import json, signal, sys, time
 def stop(number, frame):
     print("stopped by", signal.Signals(number).name, flush=True)
