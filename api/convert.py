@@ -154,9 +154,7 @@ async def render_messages(body: Any, tokenizer: Tokenizer, **variables: Any) -> 
     messages = messages_of(body.messages)
     continues = bool(body.continue_final_message)
     if continues and body.add_generation_prompt:
-        raise InvalidRequest(
-            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
-        )
+        raise InvalidRequest("continue_final_message and add_generation_prompt exclude each other", param="continue_final_message")
     extra = dict(body.chat_template_kwargs or {})
     for name in extra:
         if name in RESERVED or not _VARIABLE.fullmatch(name):

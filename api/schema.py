@@ -203,9 +203,7 @@ def _check_tools(values: dict[str, Any]) -> None:
     if tools is not None and not isinstance(tools, list):
         raise InvalidRequest("tools: an array is needed", param="tools")
     if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-        raise InvalidRequest(
-            "tool_choice must be none, auto, required, or an object that names a function", param="tool_choice"
-        )
+        raise InvalidRequest("tool_choice must be none, auto, required, or an object that names a function", param="tool_choice")
     if choice is not None and not isinstance(choice, (str, dict)):
         raise InvalidRequest("tool_choice must be a string or an object", param="tool_choice")
     if choice == "required" or isinstance(choice, dict):

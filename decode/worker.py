@@ -290,6 +290,7 @@ class DecodeWorker:
 
     def tick(self) -> None:
         """Leases, quarantines and dead writers; every quarter of a second or so."""
+        self.pool.take_events()  # nobody is told of cache changes yet; untaken they would pile up
         self.handover.tick()
 
     # ---- the step --------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from protocol.kv import KVLayout
 from protocol.ticket import FirstToken, Grant, Manifest, is_authentic, sign
 
 DIGEST_NBYTES = 16
-MEMORY_S = 3600.0  # how long ended ids and seen epochs are remembered: far longer than any message can be under way
+MEMORY_S = 600.0  # how long ended ids and seen epochs are remembered: far longer than any message can be under way
 
 
 def written_blocks(grant: Grant) -> tuple[int, ...]:
@@ -264,9 +264,7 @@ class Inbound:
     def expired(self, now: float) -> list[str]:
         """Grants whose lease is over and that no manifest has reached. Each is to be forgotten and cancelled; see the class."""
         self._tick(now)
-        return [
-            held.grant.grant_id for held in self._held.values() if held.phase is InboundPhase.RESERVED and now >= held.expires
-        ]
+        return [held.grant.grant_id for held in self._held.values() if held.phase is InboundPhase.RESERVED and now >= held.expires]
 
     def next_expiry(self) -> float | None:
         """When `expired` may have something next, on the caller's clock."""
@@ -459,9 +457,7 @@ class Outbound:
         """Grants that outlived their lease: decode has given them up. Fail each of them."""
         self._tick(now)
         return [
-            held.grant.grant_id
-            for held in self._held.values()
-            if held.phase is not OutboundPhase.ABORTING and now >= held.expires
+            held.grant.grant_id for held in self._held.values() if held.phase is not OutboundPhase.ABORTING and now >= held.expires
         ]
 
     def next_expiry(self) -> float | None:

@@ -73,9 +73,7 @@ def make_receivers(
         elif name == "memory":
             receivers[name] = MemoryReceiver(pool)
         else:
-            raise ConfigError(
-                f"there is no KV transport {name!r}; there are {', '.join(TRANSPORTS)}", param="transfer.transport"
-            )
+            raise ConfigError(f"there is no KV transport {name!r}; there are {', '.join(TRANSPORTS)}", param="transfer.transport")
     return receivers
 
 

@@ -218,6 +218,5 @@ def check_grant(grant: Grant, endpoint: KVEndpoint, ours: KVEndpoint, pool: KVPo
         raise HandshakeRefused(f"KV layouts differ: {difference}")
     if num_blocks is not None and grant.block_ids and not 0 <= min(grant.block_ids) <= max(grant.block_ids) < num_blocks:
         raise HandshakeRefused(
-            f"grant {grant.grant_id} names blocks {min(grant.block_ids)}..{max(grant.block_ids)}, "
-            f"the peer's pool has {num_blocks}"
+            f"grant {grant.grant_id} names blocks {min(grant.block_ids)}..{max(grant.block_ids)}, the peer's pool has {num_blocks}"
         )

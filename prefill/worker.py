@@ -445,6 +445,7 @@ class PrefillWorker:
 
     def tick(self) -> None:
         """Prompts whose lease ran out before they were even started are not worth starting; words still owed are said."""
+        self.pool.take_events()  # nobody is told of cache changes yet; untaken they would pile up
         self._links.tick()
         for grant_id in self.outbound.expired(self._clock()):
             job = self._by_grant.get(grant_id)

@@ -197,9 +197,7 @@ def test_a_failure_in_mid_stream_raises(server: Server) -> None:
 def test_closing_a_stream_stops_the_work(server: Server) -> None:
     server.backend.delay_s = 0.02
     before = server.backend.num_cancelled
-    stream = server.client.completions.create(
-        model="m", prompt="a", max_tokens=400, stream=True, extra_body={"ignore_eos": True}
-    )
+    stream = server.client.completions.create(model="m", prompt="a", max_tokens=400, stream=True, extra_body={"ignore_eos": True})
     next(iter(stream))
     stream.close()
     server.wait_until_idle(2.0)

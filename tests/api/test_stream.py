@@ -152,9 +152,7 @@ async def test_logprobs_of_tokens_without_text_come_with_the_next_text(byte_leve
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_failure_before_the_first_token_is_a_status(
-    client: httpx.AsyncClient, backend: FakeBackend, stream: bool
-) -> None:
+async def test_a_failure_before_the_first_token_is_a_status(client: httpx.AsyncClient, backend: FakeBackend, stream: bool) -> None:
     backend.events = lambda request: [Failed(Failure("TenantOverLimit", "over its share", None, 2.3))]
     response = await client.post("/v1/completions", json={"prompt": "a", "stream": stream})
     assert response.status_code == TenantOverLimit.http_status == 429

@@ -46,9 +46,7 @@ def begin(walk: Walk, epoch: int) -> None:
     walk.move(Phase.PREFILLING)
 
 
-def update(
-    index: int, tokens: list[int], choice: int = 0, finish: str | None = None, from_prefill: bool = False
-) -> TokenUpdate:
+def update(index: int, tokens: list[int], choice: int = 0, finish: str | None = None, from_prefill: bool = False) -> TokenUpdate:
     return TokenUpdate("r", 1, choice, index, tuple(tokens), finish_reason=finish, from_prefill=from_prefill)
 
 

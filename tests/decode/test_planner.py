@@ -67,9 +67,7 @@ def test_prompts_share_what_the_decodes_leave_of_the_budget():
 
 def test_without_chunking_a_prompt_waits_for_a_step_it_fits_into_or_runs_alone():
     whole = Budget(8, 16, enable_chunked_prefill=False)
-    assert [n for _, n in plan([sequence("a", 3), sequence("p", 40, num_computed=0)], [], 0, BLOCK, whole).chunks] == [
-        1
-    ]
+    assert [n for _, n in plan([sequence("a", 3), sequence("p", 40, num_computed=0)], [], 0, BLOCK, whole).chunks] == [1]
     assert [n for _, n in plan([sequence("p", 40, num_computed=0)], [], 0, BLOCK, whole).chunks] == [40]
 
 

@@ -41,9 +41,7 @@ def test_digests_are_in_manifest_order(pair, run, name):
     sender = pair.sender(name)
     grant = pair.grant(grant_blocks, num_cached=2, num_tokens=28)
     digests = run(pair.send(sender, grant, name))
-    expected = b"".join(
-        xxhash.xxh3_128_digest(pair.target.run(layer, block)) for layer in range(2) for block in grant_blocks[2:]
-    )
+    expected = b"".join(xxhash.xxh3_128_digest(pair.target.run(layer, block)) for layer in range(2) for block in grant_blocks[2:])
     assert digests == expected
 
 
