@@ -14,7 +14,7 @@ from tests.system.local import cluster, request
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
-NUM_REQUESTS = int(os.environ.get("TANDEM_SOAK_REQUESTS", "20000"))
+NUM_REQUESTS = int(os.environ.get("TANDEM_SOAK_REQUESTS", "100000"))
 
 
 async def test_memory_and_blocks_stay_flat(monkeypatch):
