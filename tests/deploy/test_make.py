@@ -133,7 +133,7 @@ def test_a_set_up_that_is_not_done_begins(checkout: Path, change: str) -> None:
 def test_continuous_integration_reads_no_stdin_and_points_at_the_data(checkout: Path) -> None:
     script(checkout / ".ci" / "run", (ROOT / ".ci" / "run").read_text())
     (checkout.parent / "shared" / "traces").mkdir(parents=True)
-    makefile = 'test:\n\t@echo "traces $$TANDEM_TRACES crds $$TANDEM_CRDS"; cat\n'
+    makefile = 'test:\n\t@echo "traces $$TANDEM_TRACES crds $$TANDEM_CRDS"; cat\ntest-more:\n\t@echo more; cat\n'
     (checkout / "Makefile").write_text(makefile)
     # Stand-ins for what it would otherwise install with apt-get.
     for tool in ("python3", "apt-get"):
@@ -144,4 +144,4 @@ def test_continuous_integration_reads_no_stdin_and_points_at_the_data(checkout: 
         [".ci/run"], cwd=checkout, env=clean, input="must not be read", capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"traces {checkout}/../shared/traces crds \n"
+    assert done.stdout == f"traces {checkout}/../shared/traces crds \nmore\n"

@@ -98,7 +98,7 @@ def place(scheduler: Scheduler, message: Admit, now: float = 0.0) -> Ticket:
 
 def test_a_long_prompt_is_disaggregated_and_a_short_one_is_not() -> None:
     scheduler = make(worker("p", "prefill"), worker("d"))
-    long, short = place(scheduler, admit("a", prompt_len=200)), place(scheduler, admit("b", prompt_len=31))
+    long, short = place(scheduler, admit("a", prompt_len=200)), place(scheduler, admit("b", prompt_len=15))
     assert long.prefill is not None
     assert long.prefill.incarnation == "p#1"
     assert long.decode.address == "d:1"
