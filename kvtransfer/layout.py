@@ -7,12 +7,14 @@ Byte order of a pool: [num_layers, num_blocks, 2 (K, V), num_kv_heads, block_siz
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from protocol.errors import Unsupported
 from protocol.kv import DTYPE_NBYTES, KVLayout
+from protocol.parallel import Parallel, heads_of, layers_of
 from protocol.ticket import Grant
 
 K, V = 0, 1
@@ -89,43 +91,85 @@ def contiguous(pairs: Sequence[tuple[int, int]], alone: int | None = None) -> It
         start = i
 
 
-class Parallel(msgspec.Struct, frozen=True):
-    """How a worker splits its KV: layers over `pp_size` stages, heads over `tp_size` ranks."""
+def rank_layout(layout: KVLayout, parallel: Parallel, rank: int) -> KVLayout:
+    """The layout of one rank's pool: its layers, its heads. Raises Unsupported when the model cannot be split so."""
+    check_split(layout, parallel)
+    return msgspec.structs.replace(
+        layout,
+        num_layers=len(layers_of(layout.num_layers, parallel, parallel.pp_rank(rank))),
+        num_kv_heads=len(heads_of(layout.num_kv_heads, parallel, parallel.tp_rank(rank))),
+    )
 
-    tp_size: int = 1
-    pp_size: int = 1
+
+def check_split(layout: KVLayout, parallel: Parallel) -> None:
+    """Raises Unsupported, naming the sizes, when layers or heads cannot be dealt to so many ranks."""
+    if parallel.pp_size > layout.num_layers:
+        raise Unsupported(f"{layout.num_layers} layers cannot be dealt to {parallel.pp_size} pipeline stages")
+    if layout.num_kv_heads < parallel.tp_size and parallel.tp_size % layout.num_kv_heads:
+        raise Unsupported(f"{layout.num_kv_heads} KV heads cannot be copied evenly to {parallel.tp_size} tensor ranks")
 
 
-def part(total: int, size: int, rank: int) -> range:
-    """The share of `rank` when `total` things are dealt to `size` ranks in order; the first ones get one more where it
-    is uneven.
+class Route(msgspec.Struct, frozen=True):
+    """What one rank of a prefill worker writes to one rank of a decode worker: a rectangle of layers and heads.
+
+    Layers [layer, layer + num_layers) and KV heads [head, head + num_heads) of the model; source_* and target_* say where the
+    rectangle begins in each rank's own pool. Seen by itself it is a pool of a smaller model: `layout`.
     """
-    assert 0 <= rank < size, f"rank {rank} of {size}"
-    quotient, rest = divmod(total, size)
-    start = rank * quotient + min(rank, rest)
-    return range(start, start + quotient + (rank < rest))
+
+    source: int
+    target: int
+    layer: int
+    num_layers: int
+    head: int
+    num_heads: int
+    source_layer: int
+    source_head: int
+    target_layer: int
+    target_head: int
+
+    def layout(self, whole: KVLayout) -> KVLayout:
+        return msgspec.structs.replace(whole, num_layers=self.num_layers, num_kv_heads=self.num_heads)
 
 
-def layers_of(num_layers: int, parallel: Parallel, pp_rank: int) -> range:
-    return part(num_layers, parallel.pp_size, pp_rank)
+@functools.lru_cache(maxsize=256)
+def plan_routes(layout: KVLayout, source: Parallel, target: Parallel) -> tuple[Route, ...]:
+    """All routes between two groups, ordered by (target, source). Every (target rank, layer, head) is written exactly once.
 
-
-def heads_of(num_kv_heads: int, parallel: Parallel, tp_rank: int) -> range:
-    """The KV heads on one rank. With fewer heads than ranks each head lies on several ranks."""
-    if num_kv_heads >= parallel.tp_size:
-        return part(num_kv_heads, parallel.tp_size, tp_rank)
-    assert parallel.tp_size % num_kv_heads == 0, f"{num_kv_heads} heads cannot be copied evenly to {parallel.tp_size} ranks"
-    head = tp_rank * num_kv_heads // parallel.tp_size
-    return range(head, head + 1)
-
-
-def peers_of(source: Parallel, target: Parallel, tp_rank: int, pp_rank: int) -> list[tuple[int, int]]:
-    """The (tp_rank, pp_rank) of the target worker that this source rank writes to. Raises Unsupported for unequal
-    splits.
+    Where a head lies on several source ranks, the target ranks that want it are dealt over them. Raises Unsupported.
     """
-    if source != target:
-        raise Unsupported(
-            f"KV cannot be re-split yet: prefill has {source.tp_size} x {source.pp_size} (tp x pp) ranks, decode has "
-            f"{target.tp_size} x {target.pp_size}; give both the same sizes"
-        )
-    return [(tp_rank, pp_rank)]
+    check_split(layout, source)
+    check_split(layout, target)
+    routes = []
+    for target_rank in range(target.num_ranks):
+        layers = layers_of(layout.num_layers, target, target.pp_rank(target_rank))
+        heads = heads_of(layout.num_kv_heads, target, target.tp_rank(target_rank))
+        for source_rank in _writers(layout, source, target, target_rank):
+            own_layers = layers_of(layout.num_layers, source, source.pp_rank(source_rank))
+            own_heads = heads_of(layout.num_kv_heads, source, source.tp_rank(source_rank))
+            first_layer, end_layer = max(layers.start, own_layers.start), min(layers.stop, own_layers.stop)
+            first_head, end_head = max(heads.start, own_heads.start), min(heads.stop, own_heads.stop)
+            if first_layer < end_layer and first_head < end_head:
+                routes.append(
+                    Route(
+                        source=source_rank,
+                        target=target_rank,
+                        layer=first_layer,
+                        num_layers=end_layer - first_layer,
+                        head=first_head,
+                        num_heads=end_head - first_head,
+                        source_layer=first_layer - own_layers.start,
+                        source_head=first_head - own_heads.start,
+                        target_layer=first_layer - layers.start,
+                        target_head=first_head - heads.start,
+                    )
+                )
+    return tuple(routes)
+
+
+def _writers(layout: KVLayout, source: Parallel, target: Parallel, target_rank: int) -> Iterator[int]:
+    """The source ranks that may write to one target rank: all, or of ranks that hold the same head only one."""
+    num_copies = max(1, source.tp_size // layout.num_kv_heads)
+    wanted = target.tp_rank(target_rank) % num_copies
+    for rank in range(source.num_ranks):
+        if source.tp_rank(rank) % num_copies == wanted:
+            yield rank

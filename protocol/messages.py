@@ -11,8 +11,9 @@ import msgspec
 from protocol.errors import Failure
 from protocol.events import TokenLogprobs
 from protocol.kv import KVEndpoint, KVLayout
+from protocol.parallel import ALONE, Parallel
 from protocol.request import Request
-from protocol.ticket import Grant, Manifest, Ticket
+from protocol.ticket import Grant, Landed, Manifest, Ticket
 
 
 class Ok(msgspec.Struct, frozen=True, tag="ok"):
@@ -130,6 +131,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag="worker_info", kw_only=True):
     host: str
     device: str
     can_prefill: bool = True
+    parallel: Parallel = ALONE
 
 
 class WorkerStats(msgspec.Struct, frozen=True, tag="worker_stats", kw_only=True):
@@ -311,6 +313,7 @@ Message = (
     | Handshake
     | HandshakeAccepted
     | Seal
+    | Landed
     | WriterDone
     | StopWriting
 )

@@ -15,6 +15,7 @@ import msgspec
 
 from protocol.events import TokenLogprobs
 from protocol.kv import KVEndpoint, KVLayout
+from protocol.parallel import ALONE, Parallel
 
 
 class WorkerRef(msgspec.Struct, frozen=True):
@@ -23,6 +24,7 @@ class WorkerRef(msgspec.Struct, frozen=True):
     incarnation: str
     role: str  # "prefill" | "decode"
     address: str  # host:port of its control socket
+    parallel: Parallel = ALONE
 
 
 class Ticket(msgspec.Struct, frozen=True, tag="ticket"):
@@ -54,6 +56,8 @@ class Grant(msgspec.Struct, frozen=True, tag="grant"):
     lease_s: float
     endpoints: tuple[KVEndpoint, ...]
     control_address: str
+    source: Parallel = ALONE  # the writer's group; with `target` it says which rank writes what to whom (kvtransfer/layout.py)
+    target: Parallel = ALONE
     mac: bytes = b""
 
 
@@ -68,9 +72,11 @@ class FirstToken(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, tag="manifest"):
-    """Prefill's signed list of what it wrote: digests[(layer * num_written + i) * 16 :][:16] for written block i, xxh3-128.
+    """Prefill's signed list of what it wrote: digests[(row * num_written + i) * 16 :][:16] for written block i, 16 bytes each.
 
-    Written blocks are the grant's block_ids[num_cached_blocks:]. first_tokens has one entry per choice.
+    Rows: the routes of (layout, grant.source, grant.target) in their order (kvtransfer/layout.plan_routes), and within each
+    route its layers; with one rank on each side row = layer. Written blocks are the grant's block_ids[num_cached_blocks:].
+    first_tokens has one entry per choice.
     """
 
     grant_id: str
@@ -85,11 +91,32 @@ class Manifest(msgspec.Struct, frozen=True, tag="manifest"):
     mac: bytes = b""
 
 
-_Signed = TypeVar("_Signed", Grant, Manifest)
+class Landed(msgspec.Struct, frozen=True, tag="landed"):
+    """Ahead of the manifest: a rectangle of runs that have landed, and their digests, so that they are verified while later
+    layers and chunks are still being computed.
+
+    Rows as in Manifest, [row, row + num_rows); blocks [first, first + count) of the grant's block_ids. digests[(r * count + i) *
+    16 :][:16] for row `row + r`, block `first + i`. A block that was verified in all its rows outlives a writer that dies.
+    """
+
+    grant_id: str
+    request_id: str
+    epoch: int
+    decode_incarnation: str
+    prefill_incarnation: str
+    row: int
+    num_rows: int
+    first: int
+    count: int
+    digests: bytes
+    mac: bytes = b""
+
+
+_Signed = TypeVar("_Signed", Grant, Manifest, Landed)
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
-def _mac(document: Grant | Manifest, secret: bytes) -> bytes:
+def _mac(document: Grant | Manifest | Landed, secret: bytes) -> bytes:
     unsigned = msgspec.structs.replace(document, mac=b"")
     return hmac.new(secret, _encode(unsigned), hashlib.sha256).digest()
 
@@ -98,5 +125,5 @@ def sign(document: _Signed, secret: bytes) -> _Signed:
     return msgspec.structs.replace(document, mac=_mac(document, secret))
 
 
-def is_authentic(document: Grant | Manifest, secret: bytes) -> bool:
+def is_authentic(document: Grant | Manifest | Landed, secret: bytes) -> bool:
     return hmac.compare_digest(document.mac, _mac(document, secret))

@@ -8,20 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.layout import (
-    Parallel,
+    check_split,
     contiguous,
-    heads_of,
-    layers_of,
     num_used_slots,
-    part,
     partial_index,
-    peers_of,
+    plan_routes,
+    rank_layout,
     run_span,
     slot_span,
     tail_spans,
 )
 from protocol.errors import Unsupported
 from protocol.kv import KVLayout
+from protocol.parallel import Parallel, heads_of, layers_of, part
 from protocol.ticket import Grant
 
 layouts = st.builds(
@@ -94,7 +93,49 @@ def test_heads_and_layers_of_ranks():
         heads_of(3, four, 0)
 
 
-def test_equal_splits_pair_up_and_unequal_ones_are_refused():
-    assert peers_of(Parallel(2, 2), Parallel(2, 2), tp_rank=1, pp_rank=0) == [(1, 0)]
-    with pytest.raises(Unsupported, match="prefill has 2 x 1 .* decode has 1 x 1"):
-        peers_of(Parallel(2), Parallel(1), 0, 0)
+sizes = st.builds(Parallel, st.sampled_from([1, 2, 4]), st.integers(1, 3))
+
+
+@given(layouts, sizes, sizes)
+def test_routes_move_what_a_naive_permutation_moves(layout, source, target):
+    """Every (layer, head) of a made-up model, numbered; each source rank holds its part; after all routes each target rank holds its
+    own, and nothing was written twice."""
+    try:
+        check_split(layout, source)
+        check_split(layout, target)
+    except Unsupported:
+        with pytest.raises(Unsupported):
+            plan_routes(layout, source, target)
+        return
+    whole = np.arange(layout.num_layers * layout.num_kv_heads).reshape(layout.num_layers, layout.num_kv_heads)
+
+    def share(parallel: Parallel, rank: int) -> np.ndarray:
+        layers = layers_of(layout.num_layers, parallel, parallel.pp_rank(rank))
+        heads = heads_of(layout.num_kv_heads, parallel, parallel.tp_rank(rank))
+        return whole[layers.start : layers.stop, heads.start : heads.stop]
+
+    pools = [np.full_like(share(target, rank), -1) for rank in range(target.num_ranks)]
+    for route in plan_routes(layout, source, target):
+        own = share(source, route.source)
+        assert own.shape == (rank_layout(layout, source, route.source).num_layers, own.shape[1])
+        sent = own[route.source_layer :, route.source_head :][: route.num_layers, : route.num_heads]
+        place = pools[route.target][route.target_layer :, route.target_head :][: route.num_layers, : route.num_heads]
+        assert sent.shape == place.shape == (route.num_layers, route.num_heads)
+        assert (place == -1).all(), "written twice"
+        place[:] = sent
+        assert (sent == whole[route.layer :, route.head :][: route.num_layers, : route.num_heads]).all()
+    for rank, pool in enumerate(pools):
+        assert (pool == share(target, rank)).all()
+
+
+def test_copies_of_a_head_share_the_work():
+    one_head = KVLayout(2, 1, 8, 8, "float32", "m")
+    assert {route.source for route in plan_routes(one_head, Parallel(4), Parallel(4))} == {0, 1, 2, 3}
+
+
+def test_a_split_that_cannot_be_is_refused():
+    three_heads = KVLayout(2, 3, 8, 8, "float32", "m")
+    with pytest.raises(Unsupported, match="3 KV heads .* 4 tensor ranks"):
+        check_split(three_heads, Parallel(4))
+    with pytest.raises(Unsupported, match="2 layers .* 3 pipeline stages"):
+        check_split(three_heads, Parallel(1, 3))
