@@ -26,6 +26,7 @@ from cluster.walk import Attempt, Detokenizer, PeerLost, Walk
 from engine.hashing import block_hashes
 from protocol.errors import (
     DeadlineExceeded,
+    Draining,
     HandshakeRefused,
     InternalError,
     ReservationRefused,
@@ -262,7 +263,7 @@ class Gateway:
         if not isinstance(error, RETRYABLE) or walk.num_attempts >= MAX_ATTEMPTS:
             raise error
         log.info("request %s, epoch %d: %s; trying again", walk.request.request_id, walk.epoch, error.message)
-        if isinstance(error, ReservationRefused):
+        if isinstance(error, ReservationRefused) and not isinstance(error, Draining):
             await asyncio.sleep(0.02 * walk.num_attempts)
 
     def _leave(self, walk: Walk, failure: TandemError | None) -> None:

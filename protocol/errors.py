@@ -124,12 +124,22 @@ class WorkerLost(TandemError):
     retryable = True
 
 
+class GroupBroken(WorkerLost):
+    """A rank of this worker died, failed in a step or was silent past the deadline: the whole group is over, and so is its worker."""
+
+
 class ReservationRefused(TandemError):
     """The decode worker has no room for this request now; the scheduler places it again at the same queue position."""
 
     http_status = 503
     code = "reservation_refused"
     retryable = True
+
+
+class Draining(ReservationRefused):
+    """This worker is about to go and takes nothing new; another one does, at once."""
+
+    code = "worker_draining"
 
 
 class TransferFailed(TandemError):
@@ -140,11 +150,19 @@ class TransferFailed(TandemError):
     retryable = True
 
 
+class DamagedKV(TransferFailed):
+    """Bytes arrived that differ from their digests."""
+
+
 class HandshakeRefused(TandemError):
     """Two workers cannot exchange KV: the message holds both values of what differs."""
 
     http_status = 503
     code = "handshake_refused"
+
+
+class IncompatibleWorkers(HandshakeRefused):
+    """They were built or configured differently, so that no second hand-shake of these two lives can end otherwise."""
 
 
 class InternalError(TandemError):

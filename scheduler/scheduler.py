@@ -201,7 +201,7 @@ class Scheduler:
             known.last_beat_at = now
             return
         self.dead.pop(info.incarnation, None)
-        worker = WorkerState(info, self.costs.of(info.model, info.device.split(":")[0], info.role), now)
+        worker = WorkerState(info, self.costs.of(info.model, info.device.split(":")[0], info.role, info.parallel), now)
         self.workers[info.incarnation] = worker
         self._by_model.setdefault(info.model, []).append(worker)
         self.records.registered(info)

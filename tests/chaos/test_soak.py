@@ -9,7 +9,8 @@ import random
 import psutil
 import pytest
 
-from kvtransfer.handoff import Inbound, Outbound
+from kvtransfer.handoff import Inbound
+from kvtransfer.outbound import Outbound
 from tests.system.local import cluster, request
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]

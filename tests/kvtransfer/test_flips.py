@@ -10,7 +10,7 @@ from kvtransfer.digest import verify
 from kvtransfer.faults import Fault, FaultProxy, FaultyLane, cut_at, flip_at
 from protocol.errors import TandemError, TransferFailed
 
-STREAM_NBYTES = 1460  # what one transfer sends to the decode worker: hello, two frames of two runs, a fence
+STREAM_NBYTES = 1547  # what one transfer sends to the decode worker: hello, two frames of two runs, a fence
 
 ANSWERS_NBYTES = 273  # greeting, welcome, LANDED
 

@@ -16,11 +16,11 @@ from kvtransfer.handoff import (
     Effect,
     Inbound,
     InboundPhase,
-    Outbound,
     OutboundPhase,
     cached_blocks,
     written_blocks,
 )
+from kvtransfer.outbound import Outbound
 from protocol.errors import TransferFailed
 from protocol.kv import KVLayout
 from protocol.ticket import FirstToken, Grant, Manifest, sign
