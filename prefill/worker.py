@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -306,7 +305,7 @@ class PrefillWorker:
         """Plan, run, emit. Whatever goes wrong fails the prompts of this step, and the loop goes on (R11)."""
         self._admit()
         in_step = list(self._active)
-        started = time.perf_counter()
+        started = self._clock()
         try:
             planned = plan([job.sequence for job in in_step], self.settings.max_num_batched_tokens)
             jobs = {id(job.sequence): job for job in in_step}
@@ -323,7 +322,7 @@ class PrefillWorker:
             for job in in_step:
                 self._give_up(job, _step_failed(error))
         self._counts["num_steps"] += 1
-        self._counts["step_s"] += time.perf_counter() - started
+        self._counts["step_s"] += self._clock() - started
         self._act()
 
     def _act(self) -> None:
@@ -415,7 +414,7 @@ class PrefillWorker:
     async def _finish(self, job: Job, first_tokens: tuple[FirstToken, ...]) -> None:
         """Wait until the KV has landed, sign what was written, and have it verified."""
         grant = job.grant
-        started = time.perf_counter()
+        started = self._clock()
         try:
             self.outbound.finishing(grant.grant_id)
             digests = await job.sender.finish(grant.grant_id, self.settings.transfer_timeout_s)
@@ -430,7 +429,7 @@ class PrefillWorker:
                 self._fail(job, TransferFailed(f"KV transfer: {fault.message}"), "transfer")
             return
         self._counts["transfers"] += 1
-        self._counts["transfer_s"] += time.perf_counter() - started
+        self._counts["transfer_s"] += self._clock() - started
         self._counts["transfer_bytes"] += manifest.num_written * self.settings.layout.block_nbytes
         if not job.is_dropped:
             job.is_dropped = True
