@@ -203,7 +203,6 @@ class Told:
         self.events: list[Any] = []
         self.has_left = False
         self.is_over = False
-        self.over_at = 0.0
         self.gateway: Machine | None = None
         self.refused_connection = False
 
@@ -278,6 +277,11 @@ class Run:
             return
         told.gateway = machine
         reading = machine.node.task(self._read(told, machine))
+
+        def over(_: object) -> None:  # also when it was cancelled before its first step
+            told.is_over = True
+
+        reading.add_done_callback(over)
         if told.wanted.leaves_after_s is not None:
 
             def leave() -> None:
@@ -304,8 +308,6 @@ class Run:
                     await asyncio.sleep(0.3)
         finally:
             await events.aclose()
-            told.is_over = True
-            told.over_at = self.loop.now
 
     # ---- the nemesis -----------------------------------------------------------------------------------------------
 
