@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterable, ValuesView
 
 from kvtransfer.transport import Sender
-from protocol.errors import TandemError, TransferFailed, WorkerLost
+from protocol.errors import DeadlineExceeded, TandemError, TransferFailed, WorkerLost
 from protocol.kv import KVEndpoint
 from protocol.messages import Handshake, HandshakeAccepted, WriterDone
 from protocol.network import Clock, Network, Peer
@@ -147,7 +147,12 @@ class Links:
 
     async def _shake_hands(self, incarnation: str, address: str) -> Link:
         peer = await self._network.connect(address)
-        answer = await peer.call(self._handshake, CALL_TIMEOUT_S)
+        try:
+            answer = await peer.call(self._handshake, CALL_TIMEOUT_S)
+        except (WorkerLost, DeadlineExceeded):
+            # It may have taken us for its writer all the same, and would wait for our word over a connection that is gone.
+            self._owe(incarnation, address, ())
+            raise
         assert isinstance(answer, HandshakeAccepted)
         if answer.incarnation != incarnation:
             raise GoneAway(f"at {address} lives {answer.incarnation}, not {incarnation}")
@@ -158,6 +163,7 @@ class Links:
         link = Link(address, peer, answer.endpoint, self._make_sender(answer.endpoint, incarnation))
         if peer.is_closed:
             link.sender.close()
+            self._owe(incarnation, address, ())
             raise WorkerLost(f"the connection to {address} broke during the hand-shake")
         self._links[incarnation] = link
         owed = self._owed.pop(incarnation, None)
