@@ -103,6 +103,17 @@ class Checks:
         finally:
             Walk.absorb, Handover.verify = absorb, verify  # type: ignore[method-assign]
 
+    def meanwhile(self) -> None:
+        """S5: what has to hold also in the middle of things."""
+        for machine in self._machines.of("prefill", "decode"):
+            if machine.worker is not None:
+                self._whole(machine, machine.worker.pool.check_integrity)
+            if machine.role == "decode" and machine.worker is not None:
+                self._whole(machine, machine.worker.handover._inbound.check_integrity)
+        for machine in self._machines.of("scheduler"):
+            if machine.service is not None:
+                self._whole(machine, machine.service.scheduler.check_integrity)
+
     # ---- when everything is over -----------------------------------------------------------------------------------
 
     def unsettled(self) -> list[str]:
@@ -113,11 +124,15 @@ class Checks:
             if not told.is_over and not gateway_died:
                 stories.append(f"{told.wanted.request.request_id} is not over")
         for machine in self._machines.of("gateway"):
-            if machine.gateway.num_in_flight:
+            if machine.gateway is None:
+                stories.append(f"{machine} has not started")
+            elif machine.gateway.num_in_flight:
                 stories.append(f"{machine}: {machine.gateway.num_in_flight} in flight")
         for machine in self._machines.of("prefill", "decode"):
             stories += self._held(machine)
         (scheduler,) = self._machines.of("scheduler")
+        if scheduler.service is None:
+            return [*stories, f"{scheduler} has not started"]
         entries, queue = scheduler.service.scheduler.ledger.entries, scheduler.service.scheduler.queue
         if entries or len(queue) or scheduler.service._waiting:
             stories.append(f"{scheduler}: ledger {list(entries)}, queue {len(queue)}, waiting {list(scheduler.service._waiting)}")
@@ -146,8 +161,7 @@ class Checks:
         for machine in self._machines.of("prefill", "decode"):
             if machine.worker is not None:
                 self._whole(machine, machine.worker.check_integrity)
-        (scheduler,) = self._machines.of("scheduler")
-        self._whole(scheduler, scheduler.service.scheduler.check_integrity)
+        self.meanwhile()
         outcomes = Counter(outcome.request_id for outcome in self._machines.outcomes.told)
         self.numbers["outcomes"] = sum(outcomes.values())
 

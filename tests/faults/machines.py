@@ -37,6 +37,7 @@ from tests.faults.stores import Memory, VirtualReceiver
 from tests.faults.virtual_loop import CURRENT, Node, VirtualLoop
 from tests.faults.wire import VirtualNetwork, Wires
 
+MODEL = "light"
 SECRET = b"fault tests" * 3
 HASH_BLOCK_LEN = 8  # tokens; the prompts here are short
 MAX_MODEL_LEN = 96
@@ -60,6 +61,7 @@ class Shape:
     transfer_timeout_s = 3.0
     limits = Limits(queue_timeout_s=60.0, prefill_timeout_s=8.0, token_timeout_s=5.0, request_timeout_s=150.0, lease_s=4.0)
     caching = True
+    mean_output = 128.0  # tokens of an answer, as the scheduler believes; too few, and decode workers have to preempt
 
 
 class Outcomes:
@@ -81,8 +83,8 @@ class Machine:
         self.index = index
         self.pid = pid
         self.network: VirtualNetwork
-        self.gateway: Gateway
-        self.service: SchedulerService
+        self.gateway: Gateway | None = None
+        self.service: SchedulerService | None = None
         self.worker: Any = None
         self.kv: KVPool | None = None
 
@@ -173,6 +175,7 @@ class Machines:
         scheduler = Scheduler(
             config, enable_prefix_caching=self.shape.caching, hash_block_len=HASH_BLOCK_LEN, draw=rng.random
         )
+        scheduler.costs.output(MODEL).mean = self.shape.mean_output
         machine.service = SchedulerService(scheduler, machine.network, machine.node.clock, self.outcomes)  # type: ignore[arg-type]
         await machine.service.start()
 
@@ -243,7 +246,7 @@ class Machines:
             role=machine.role,
             name=f"{machine.role}:{machine.index}",
             address=machine.network.address,
-            model="light",
+            model=MODEL,
             layout=LAYOUT,
             num_blocks=engine.pool.num_blocks,
             max_model_len=MAX_MODEL_LEN,

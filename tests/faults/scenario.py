@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import msgspec
 from protocol.events import Failed, Finished, Tokens
 from protocol.request import Request, SamplingParams
 from tests.faults.checks import Checks
-from tests.faults.machines import Machine, Machines, Shape
+from tests.faults.machines import MODEL, Machine, Machines, Shape
 from tests.faults.model import BLOCK_SIZE, VOCAB_SIZE, Chains
 from tests.faults.stores import Memory
 from tests.faults.virtual_loop import Hang, Node, VirtualLoop
@@ -41,7 +42,10 @@ class Wanted(msgspec.Struct):
 
 
 class Act(msgspec.Struct, frozen=True):
-    """What the nemesis does at some time, and for how long where it lasts."""
+    """What the nemesis does at some time, and for how long where it lasts.
+
+    With a trigger: `at` seconds after the nth such message or store began, to its "sender" or "receiver" (role).
+    """
 
     at: float
     kind: str
@@ -51,6 +55,8 @@ class Act(msgspec.Struct, frozen=True):
     other_index: int = 0
     lasts: float = 0.0
     flag: bool = False
+    trigger: str = ""
+    nth: int = 0
 
 
 class Plan(msgspec.Struct):
@@ -90,9 +96,11 @@ def plan(seed: int) -> Plan:
     shape.decode_batched_tokens = rng.choice((10, 24, 64))
     shape.threshold = rng.choice((0, 6, 10))
     shape.caching = rng.random() < 0.85
-    wanted = [_wanted(rng, shape, i) for i in range(rng.randint(3, 8))]
-    acts = sorted((_act(rng, shape) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6)))), key=lambda act: act.at)
-    peace_at = max([4.0, *(act.at + act.lasts for act in acts)])
+    shape.mean_output = rng.choice((128.0, 128.0, 1.0))
+    wanted = [_wanted(rng, shape, i) for i in range(rng.choice((3, 4, 6, 8, 12)))]
+    acts = sorted((_act(rng, shape) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6, 8)))), key=lambda act: act.at)
+    acts += [_triggered(rng, shape) for _ in range(rng.choice((0, 0, 1, 2, 3)))]
+    peace_at = max([4.0, *((3.0 if act.trigger else act.at) + act.lasts for act in acts)])
     return Plan(seed, shape, wanted, acts, _weather(rng), _damage(rng), peace_at)
 
 
@@ -135,14 +143,14 @@ def _wanted(rng: random.Random, shape: Shape, number: int) -> Wanted:
         n=n,
         temperature=0.0 if greedy else 1.0,
         seed=rng.randrange(2**32),
-        max_tokens=rng.choice((1, 2, 3, 5, 8, 12, 20)),
+        max_tokens=rng.choice((1, 2, 3, 5, 8, 12, 20, 28)),
         stop=(STOP,) if rng.random() < 0.15 else (),
         stop_token_ids=tuple(rng.sample(range(VOCAB_SIZE), 12)) if rng.random() < 0.2 else (),
         ignore_eos=True,
     )
     request = Request(
         request_id=f"r{number}",
-        model="light",
+        model=MODEL,
         prompt_token_ids=prompt,
         sampling=sampling,
         tenant=f"tenant-{common % 2}",
@@ -175,6 +183,22 @@ def _act(rng: random.Random, shape: Shape) -> Act:
         "drain": rng.choice((0.5, 2.0)),
     }[kind]
     return Act(rng.uniform(0.3, 4.0), kind, role, index, other_role, other_index, lasts, rng.random() < 0.5)
+
+
+TRIGGERS = """Admit Ticket Reserve Grant Prefill Handshake HandshakeAccepted Seal WriterDone StopWriting Cancel TokenFrame
+    RequestFailed Outcome Progress WorkerInfo store store store Seal Grant""".split()
+
+
+def _triggered(rng: random.Random, shape: Shape) -> Act:
+    act = _act(rng, shape)
+    return msgspec.structs.replace(
+        act,
+        at=rng.choice((0.0, 0.0, 0.003, 0.02, 0.2)),
+        kind="stop" if act.kind == "drain" else act.kind,
+        role=rng.choice(("sender", "receiver")),
+        trigger=rng.choice(TRIGGERS),
+        nth=rng.choice((1, 1, 2, 3, 5, 8, 13)),
+    )
 
 
 class StopsAt:
@@ -228,6 +252,8 @@ class Run:
         self.wires = Wires(self.loop, random.Random(f"wires {seed}"), history)
         self.memory = Memory(self.wires, random.Random(f"stores {seed}"), self.report)
         self.chains = Chains()
+        self._seen: Counter[str] = Counter()
+        self._is_peace = False
         self.machines = Machines(
             self.loop,
             self.wires,
@@ -258,8 +284,13 @@ class Run:
         for told in self.told:
             self.loop.call_at(told.wanted.arrives_at, self._arrive, told)
         for act in self.plan.acts:
-            self.loop.call_at(act.at, self._act, act)
-        await asyncio.sleep(self.plan.peace_at + 0.001)
+            if not act.trigger:
+                self.loop.call_at(act.at, self._act, act)
+        if any(act.trigger for act in self.plan.acts):
+            self.wires.on_event = self._watch
+        while self.loop.now < self.plan.peace_at:
+            await asyncio.sleep(min(0.25, self.plan.peace_at + 0.001 - self.loop.now))
+            self.checks.meanwhile()
         self._make_peace(rng)
         deadline = self.loop.now + SETTLE_S
         while (unsettled := self.checks.unsettled()) and self.loop.now < deadline:
@@ -272,7 +303,7 @@ class Run:
 
     def _arrive(self, told: Told) -> None:
         machine = self.machines.now["gateway", told.wanted.gateway]
-        if machine.node.is_dead:
+        if machine.node.is_dead or machine.gateway is None:
             told.refused_connection = told.is_over = True
             return
         told.gateway = machine
@@ -293,6 +324,7 @@ class Run:
 
     async def _read(self, told: Told, machine: Machine) -> None:
         wanted = told.wanted
+        assert machine.gateway is not None
         events = machine.gateway.generate(wanted.request)
         try:
             async for event in events:
@@ -311,10 +343,21 @@ class Run:
 
     # ---- the nemesis -----------------------------------------------------------------------------------------------
 
+    def _watch(self, name: str, sender: Node, receiver: Node) -> None:
+        self._seen[name] += 1
+        for act in self.plan.acts:
+            if act.trigger == name and act.nth == self._seen[name]:
+                node, other = (sender, receiver) if act.role == "sender" else (receiver, sender)
+                (machine,) = (m for m in self.machines.all if m.node is node)
+                (peer,) = (m for m in self.machines.all if m.node is other)
+                self.wires.later(act.at, self._act, msgspec.structs.replace(
+                    act, role=machine.role, index=machine.index, other_role=peer.role, other_index=peer.index
+                ))  # fmt: skip
+
     def _act(self, act: Act) -> None:
         machine = self.machines.now[act.role, act.index]
         later = self.loop.call_later
-        if machine.node.is_dead or (not machine.node.is_up and act.kind in ("stop", "half-open")):
+        if self._is_peace or machine.node.is_dead or (not machine.node.is_up and act.kind in ("stop", "half-open")):
             return
         self.wires.log(None, f"{act.kind} {machine} for {act.lasts:g} s {act.other_role} {act.flag}")
         if act.kind == "crash":
@@ -355,6 +398,8 @@ class Run:
 
     def _make_peace(self, rng: random.Random) -> None:
         self.wires.log(None, "peace")
+        self.wires.on_event = None
+        self._is_peace = True
         self.wires.weather.clear()
         self.memory.damage.clear()
         for pair in list(self.wires.cuts):

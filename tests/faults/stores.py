@@ -271,6 +271,8 @@ class VirtualSender:
     async def _store(self, transfer: _Transfer, layer: int, pairs: tuple[Pair, ...]) -> None:
         await asyncio.sleep(self._delay())
         pieces = [(index, self._hashed(transfer, layer, block, index)) for block, index in pairs]
+        if self._memory.wires.on_event is not None:
+            self._memory.wires.on_event("store", self._node, self._receiver.node)
         await asyncio.sleep(self._delay())  # between reading and writing: here a stopped writer is at its most dangerous
         pieces = self._spoil(pieces)
         if self._receiver.can_refuse:
@@ -282,13 +284,13 @@ class VirtualSender:
     async def _over_the_wire(self, transfer: _Transfer, layer: int, pieces: list[tuple[int, np.ndarray]]) -> None:
         """The other end stores, or refuses; TCP waits while a way is cut, and an acknowledgement has to come back."""
         stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        loop, receiver, wires = self._memory.wires.loop, self._receiver, self._memory.wires
+        receiver, wires = self._receiver, self._memory.wires
 
         def deliver() -> None:
             if receiver.node.is_dead:
                 return
             if wires.is_cut(self._node, receiver.node):
-                loop.call_later(0.2, deliver)
+                wires.later(0.2, deliver)
                 return
             receiver.node.soon(store)
 
@@ -302,11 +304,11 @@ class VirtualSender:
 
         def acknowledge(is_live: bool) -> None:
             if wires.is_cut(receiver.node, self._node):
-                loop.call_later(0.2, acknowledge, is_live)
+                wires.later(0.2, acknowledge, is_live)
             elif not stored.done():
                 stored.set_result(is_live)
 
-        loop.call_later(wires.delay(), deliver)
+        wires.later(wires.delay(), deliver)
         if receiver.node.is_dead:
             transfer.fail(TransferFailed("the KV connection broke"))
             return

@@ -14,6 +14,7 @@ The kernel's part (delivery, buffers, resets) happens also while a node is stopp
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 from collections import deque
 from collections.abc import Callable
@@ -59,6 +60,14 @@ class Wires:
         self.sides: dict[Side, None] = {}  # open ones, in order of their making
         self.cuts: dict[tuple[Node, Node], None] = {}
         self.num_messages = 0
+        self.on_event: Callable[[str, Node, Node], None] | None = None  # what is sent or stored now, by whom, to whom
+        self._kernel = contextvars.Context()  # of no node: what is on its way goes on when its sender stops or dies
+
+    def at(self, when: float, callback: Callable[..., object], *args: Any) -> None:
+        self.loop.call_at(when, callback, *args, context=self._kernel)
+
+    def later(self, delay: float, callback: Callable[..., object], *args: Any) -> None:
+        self.at(self.loop.now + delay, callback, *args)
 
     def log(self, node: Node | None, *words: Any) -> None:
         if self.history is not None:
@@ -96,7 +105,7 @@ class Wires:
     def reborn(self, dead: Node) -> None:
         """A machine is up again: whoever writes into an old connection is told that it is none."""
         for side in [s for s in self.sides if s.other.node is dead]:
-            self.loop.call_later(self.rng.uniform(0.0, PING_S), side.arrive, (END, 0, b""))
+            self.later(self.rng.uniform(0.0, PING_S), side.arrive, (END, 0, b""))
 
     def half_open(self, side: Side) -> None:
         """One side's process is told that the connection is gone, the other's is not."""
@@ -187,6 +196,8 @@ class Side:
         wires, weather, rng = self._wires, self._wires.weather, self._wires.rng
         wires.num_messages += 1
         wires.log(self.node, "->", self.name, ("send", "call", "answer")[kind], message)
+        if wires.on_event is not None:
+            wires.on_event(type(message).__name__, self.node, self.other.node)
         frame = (kind, call_id, encode(message))
         if weather.vanish and rng.random() < weather.vanish:
             wires.log(None, "   vanished:", message)
@@ -207,7 +218,7 @@ class Side:
         when = wires.loop.now + wires.delay()
         if not (wires.weather.overtake and wires.rng.random() < wires.weather.overtake):
             when = self._arrives_at = max(self._arrives_at, when)
-        wires.loop.call_at(when, self.arrive, frame)
+        wires.at(when, self.arrive, frame)
 
     def arrive(self, frame: Frame) -> None:
         if self.is_closed:
@@ -228,7 +239,7 @@ class Side:
             when = self._wires.loop.now + self._wires.rng.uniform(0.0, 0.5)
             for frame in frames:
                 when = self._arrives_at = max(self._arrives_at, when)
-                self._wires.loop.call_at(when, self.arrive, frame)
+                self._wires.at(when, self.arrive, frame)
         if hears and not is_cut:
             self._silent_since = None
         elif self._silent_since is None:
@@ -318,7 +329,7 @@ class VirtualNetwork:
             if known is not None and not known.is_closed:
                 return known
             dialed: asyncio.Future[Side] = self.wires.loop.create_future()
-            self.wires.loop.call_later(self.wires.delay(), self._knock, address, dialed)
+            self.wires.later(self.wires.delay(), self._knock, address, dialed)
             try:
                 async with asyncio.timeout(timeout):
                     side = await dialed
@@ -356,7 +367,7 @@ class VirtualNetwork:
         """In the target's node: its side exists from now on, the dialer's when the answer has come back."""
         there = Side(target, self.node.name)
         here = there.other = _Unborn(self)
-        self.wires.loop.call_later(self.wires.delay(), self._shaken, target, there, here, dialed)
+        self.wires.later(self.wires.delay(), self._shaken, target, there, here, dialed)
 
     def _shaken(self, target: VirtualNetwork, there: Side, unborn: _Unborn, dialed: asyncio.Future[Side]) -> None:
         if dialed.done() or self.node.is_dead or there.is_closed:
