@@ -19,14 +19,18 @@ from tests.faults.machines import Machine, Machines
 from tests.faults.model import Chains
 
 if TYPE_CHECKING:
-    from tests.faults.scenario import Told
+    from tests.faults.scenario import Plan, Told
 
 
 class Checks:
-    def __init__(self, machines: Machines, told: list[Told], chains: Chains, report: Callable[[str], None]) -> None:
+    def __init__(
+        self, plan: Plan, machines: Machines, told: list[Told], chains: Chains, report: Callable[[str], None]
+    ) -> None:
         self.numbers: Counter[str] = Counter()
+        self._plan = plan
         self._machines = machines
         self._told = told
+        self._by_id = {t.wanted.request.request_id: t for t in told}
         self._chains = chains
         self._report = report
         self._answers: dict[tuple[str, int], list[int]] = {}
@@ -79,6 +83,17 @@ class Checks:
                     break
             self._answers[key] = answer
         return answer
+
+    def step(self, request_id: str) -> None:
+        """Nobody computes for long for a client that has left, or whose gateway is dead."""
+        told = self._by_id.get(request_id)
+        if told is None or not self._plan.is_quiet or told.gateway is None:
+            return
+        shape, node = self._plan.shape, told.gateway.node
+        left_at = told.left_at if told.has_left else node.died_at if node.is_dead else None
+        allowed = 0.2 + 3 * max(shape.prefill_step_s, shape.decode_step_s)
+        if left_at is not None and self._machines.loop.now > left_at + allowed:
+            self._report(f"S6 {request_id} is still computed {self._machines.loop.now - left_at:.2f} s after its client was gone")
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -162,8 +177,24 @@ class Checks:
             if machine.worker is not None:
                 self._whole(machine, machine.worker.check_integrity)
         self.meanwhile()
-        outcomes = Counter(outcome.request_id for outcome in self._machines.outcomes.told)
-        self.numbers["outcomes"] = sum(outcomes.values())
+        self._outcomes()
+
+    def _outcomes(self) -> None:
+        """S8: the scheduler hears of each end once; also when much was lost, never twice."""
+        outcomes = self._machines.outcomes.told
+        self.numbers["outcomes"] = len(outcomes)
+        times = Counter(outcome.request_id for outcome in outcomes)
+        if not self._plan.weather.get("twice") and max(times.values(), default=0) > 1:
+            self._report(f"S8 outcomes told more than once: {times}")
+        for told in self._told if self._plan.is_quiet else ():
+            request_id = told.wanted.request.request_id
+            if told.gateway is None or told.gateway.node.is_dead:
+                continue
+            delivered = sum(len(e.token_ids) for e in told.events if isinstance(e, Tokens))
+            said = [(o.kind, o.output_tokens) for o in outcomes if o.request_id == request_id]
+            kinds = ("finished", "cancelled") if told.has_left else ("finished",)
+            if len(said) != 1 or said[0][0] not in kinds or said[0][1] < delivered:
+                self._report(f"S8 {request_id}: {delivered} tokens were delivered, the scheduler was told {said}")
 
     def _whole(self, machine: Machine, check: Callable[[], None]) -> None:
         try:

@@ -87,6 +87,7 @@ class Machine:
         self.service: SchedulerService | None = None
         self.worker: Any = None
         self.kv: KVPool | None = None
+        self.slowness = 1.0  # how many times longer than usual its steps take
 
     @property
     def is_worker(self) -> bool:
@@ -117,6 +118,7 @@ class Machines:
         self.rng = rng
         self.chains = chains
         self.outcomes = Outcomes()
+        self.on_step: Callable[[str], None] = lambda request_id: None  # a step computes for this request
         self.now: dict[tuple[str, int], Machine] = {}  # (role, index) -> its present or last life
         self.all: list[Machine] = []
         self._detokenizer = detokenizer
@@ -200,7 +202,7 @@ class Machines:
             max_num_seqs=shape.max_num_seqs,
             max_num_batched_tokens=shape.decode_batched_tokens,
         )
-        compute, verify = self._compute(shape.decode_step_s), self._compute(shape.decode_step_s / 2)
+        compute, verify = self._compute(machine, shape.decode_step_s), self._compute(machine, shape.decode_step_s / 2)
         worker = DecodeWorker(
             settings, engine.runner, engine.pool, engine.kv, receivers, machine.network, node.clock, compute, verify, SECRET  # type: ignore[arg-type]
         )
@@ -227,14 +229,14 @@ class Machines:
         def sender(endpoint: KVEndpoint, peer_incarnation: str) -> Any:
             return self.memory.sender(node, engine.kv, endpoint)
 
-        compute = self._compute(shape.prefill_step_s)
+        compute = self._compute(machine, shape.prefill_step_s)
         worker = PrefillWorker(settings, engine.runner, engine.pool, sender, machine.network, node.clock, compute, SECRET)  # type: ignore[arg-type]
         await self._work(machine, worker, engine, compute)
 
     def _engine(self, machine: Machine, num_blocks: int) -> Engine:
         machine.kv = kv = KVPool(LAYOUT, num_blocks)
         pool = BlockPool(num_blocks, LAYOUT.block_size, self.shape.caching)
-        runner = LightRunner(kv, self.chains, lambda story: self._report(f"{machine.node.name}: {story}"))
+        runner = LightRunner(kv, self.chains, lambda story: self._report(f"{machine.node.name}: {story}"), self.on_step)
         return Engine(None, LAYOUT, kv, pool, runner, MAX_MODEL_LEN)  # type: ignore[arg-type]
 
     async def _work(self, machine: Machine, worker: Any, engine: Engine, compute: Any) -> None:
@@ -269,14 +271,14 @@ class Machines:
         except Exception as error:
             self._caught(f"the engine loop of {node.name} ended: {error!r}", error)
 
-    def _compute(self, seconds: float) -> Any:
+    def _compute(self, machine: Machine, seconds: float) -> Any:
         """One thread beside the event loop: a step takes time, and its effects happen somewhere within it."""
         busy, rng = asyncio.Lock(), self.rng
 
         async def compute(function: Callable[[], Any]) -> Any:
             async with busy:
                 before = rng.choice((0.0, 0.5, 1.0))
-                duration = seconds * rng.uniform(0.5, 1.5)
+                duration = seconds * machine.slowness * rng.uniform(0.5, 1.5)
                 await asyncio.sleep(duration * before)
                 result = function()
                 await asyncio.sleep(duration * (1.0 - before))

@@ -86,15 +86,18 @@ class Chains:
 class LightRunner:
     """What prefill/ and decode/ use of `engine.runner.ModelRunner`."""
 
-    def __init__(self, kv: KVPool, chains: Chains, report: Callable[[str], None]) -> None:
+    def __init__(self, kv: KVPool, chains: Chains, report: Callable[[str], None], on_step: Callable[[str], None]) -> None:
         self._kv = kv.runs.view(np.uint64).reshape(NUM_LAYERS, kv.num_blocks, 2, BLOCK_SIZE)
         self._chains = chains
         self._report = report
+        self._on_step = on_step  # told of each request that a step computes for
 
     def run(self, chunks: SequenceOf[Chunk], on_layer: Callable[[int], None] | None = None, extras: Any = None) -> StepResult:
         assert chunks, "a step without work"
         for source, target in getattr(extras, "copies", ()):
             self.copy_block(source, target)
+        for chunk in chunks:
+            self._on_step(chunk.sequence.request.request_id)
         fresh = [self._fresh(chunk) for chunk in chunks]
         for layer in range(NUM_LAYERS):
             for blocks, slots, cells in fresh:

@@ -67,6 +67,7 @@ class Plan(msgspec.Struct):
     weather: dict[str, float]
     damage: dict[str, float]
     peace_at: float
+    is_quiet: bool  # nothing worse than clients that leave and a gateway that dies: what is to happen at once can be timed
 
     def __str__(self) -> str:
         shape = {name: value for name, value in sorted(vars(self.shape).items())}
@@ -100,8 +101,13 @@ def plan(seed: int) -> Plan:
     wanted = [_wanted(rng, shape, i) for i in range(rng.choice((3, 4, 6, 8, 12)))]
     acts = sorted((_act(rng, shape) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6, 8)))), key=lambda act: act.at)
     acts += [_triggered(rng, shape) for _ in range(rng.choice((0, 0, 1, 2, 3)))]
+    weather, damage = _weather(rng), _damage(rng)
+    is_quiet = rng.random() < 0.08
+    if is_quiet:
+        weather, damage = {"delay_s": 0.001}, {"delay_s": 0.002}
+        acts = [Act(rng.uniform(0.5, 3.0), "crash", "gateway", 0, lasts=2.0, flag=True)] if rng.random() < 0.5 else []
     peace_at = max([4.0, *((3.0 if act.trigger else act.at) + act.lasts for act in acts)])
-    return Plan(seed, shape, wanted, acts, _weather(rng), _damage(rng), peace_at)
+    return Plan(seed, shape, wanted, acts, weather, damage, peace_at, is_quiet)
 
 
 def _weather(rng: random.Random) -> dict[str, float]:
@@ -171,8 +177,8 @@ def _act(rng: random.Random, shape: Shape) -> Act:
     roles = [("prefill", i) for i in range(shape.num_prefill)] + [("decode", i) for i in range(shape.num_decode)]
     others = [("gateway", i) for i in range(shape.num_gateways)] + [("scheduler", 0)]
     role, index = rng.choice(roles if rng.random() < 0.75 else others)
-    kind = rng.choice(("crash", "crash", "stop", "stop", "stop", "cut", "cut", "half-open", "drain"))
-    if kind == "drain" and role not in ("prefill", "decode"):
+    kind = rng.choice(("crash", "crash", "stop", "stop", "stop", "cut", "cut", "half-open", "drain", "slow"))
+    if kind in ("drain", "slow") and role not in ("prefill", "decode"):
         kind = "half-open"
     other_role, other_index = rng.choice([r for r in roles + others if r != (role, index)])
     lasts = {
@@ -181,6 +187,7 @@ def _act(rng: random.Random, shape: Shape) -> Act:
         "cut": rng.choice((0.3, 2.0, 5.0, 8.0)),
         "half-open": 0.0,
         "drain": rng.choice((0.5, 2.0)),
+        "slow": rng.choice((0.5, 3.0)),
     }[kind]
     return Act(rng.uniform(0.3, 4.0), kind, role, index, other_role, other_index, lasts, rng.random() < 0.5)
 
@@ -194,7 +201,7 @@ def _triggered(rng: random.Random, shape: Shape) -> Act:
     return msgspec.structs.replace(
         act,
         at=rng.choice((0.0, 0.0, 0.003, 0.02, 0.2)),
-        kind="stop" if act.kind == "drain" else act.kind,
+        kind="lose" if act.kind in ("drain", "slow", "half-open") else act.kind,
         role=rng.choice(("sender", "receiver")),
         trigger=rng.choice(TRIGGERS),
         nth=rng.choice((1, 1, 2, 3, 5, 8, 13)),
@@ -226,6 +233,7 @@ class Told:
         self.wanted = wanted
         self.events: list[Any] = []
         self.has_left = False
+        self.left_at = 0.0
         self.is_over = False
         self.gateway: Machine | None = None
         self.refused_connection = False
@@ -265,7 +273,8 @@ class Run:
             self.report,
         )
         self.told = [Told(w) for w in the_plan.wanted]
-        self.checks = Checks(self.machines, self.told, self.chains, self.report)
+        self.checks = Checks(the_plan, self.machines, self.told, self.chains, self.report)
+        self.machines.on_step = self.checks.step
 
     def note(self, node: Node | None, text: str) -> None:
         self.history.append(f"{self.loop.now:9.4f} {node.name if node else 'nemesis':22} {text}")
@@ -317,7 +326,7 @@ class Run:
 
             def leave() -> None:
                 if not told.is_over:
-                    told.has_left = True
+                    told.has_left, told.left_at = True, self.loop.now
                     reading.cancel()
 
             self.loop.call_later(told.wanted.leaves_after_s, leave)
@@ -334,7 +343,7 @@ class Run:
                 if isinstance(event, (Finished, Failed)):
                     continue
                 if wanted.leaves_after_events is not None and len(told.events) >= wanted.leaves_after_events:
-                    told.has_left = True
+                    told.has_left, told.left_at = True, self.loop.now
                     break
                 if wanted.reads_slowly:
                     await asyncio.sleep(0.3)
@@ -343,16 +352,22 @@ class Run:
 
     # ---- the nemesis -----------------------------------------------------------------------------------------------
 
-    def _watch(self, name: str, sender: Node, receiver: Node) -> None:
+    def _watch(self, name: str, sender: Node, receiver: Node) -> bool:
+        """-> True: this message is to be lost."""
         self._seen[name] += 1
+        is_lost = False
         for act in self.plan.acts:
             if act.trigger == name and act.nth == self._seen[name]:
+                if act.kind == "lose":
+                    is_lost = True
+                    continue
                 node, other = (sender, receiver) if act.role == "sender" else (receiver, sender)
                 (machine,) = (m for m in self.machines.all if m.node is node)
                 (peer,) = (m for m in self.machines.all if m.node is other)
                 self.wires.later(act.at, self._act, msgspec.structs.replace(
                     act, role=machine.role, index=machine.index, other_role=peer.role, other_index=peer.index
                 ))  # fmt: skip
+        return is_lost
 
     def _act(self, act: Act) -> None:
         machine = self.machines.now[act.role, act.index]
@@ -372,6 +387,9 @@ class Run:
             sides = [side for side in self.wires.sides if side.node is machine.node and side.other.node.is_up]
             if sides:
                 self.wires.half_open(sides[int(act.at * 1e6) % len(sides)])
+        elif act.kind == "slow":
+            machine.slowness = 20.0
+            later(act.lasts, setattr, machine, "slowness", 1.0)
         elif act.kind == "drain" and machine.is_worker:
             machine.worker.is_draining = True
             later(act.lasts, setattr, machine.worker, "is_draining", False)
@@ -400,6 +418,8 @@ class Run:
         self.wires.log(None, "peace")
         self.wires.on_event = None
         self._is_peace = True
+        for machine in self.machines.all:
+            machine.slowness = 1.0
         self.wires.weather.clear()
         self.memory.damage.clear()
         for pair in list(self.wires.cuts):

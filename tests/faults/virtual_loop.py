@@ -44,7 +44,7 @@ class Node:
         self.offset = offset
         self.state = State.UP
         self.parked: deque[Handle] = deque()
-        self.stopped_at = 0.0
+        self.died_at = 0.0
         self.context = contextvars.copy_context()
         self.context.run(CURRENT.set, self)
         self.kept: list[Any] = []  # a dead node's tasks: were they collected, their `finally` blocks would run
@@ -76,7 +76,6 @@ class Node:
     def stop(self) -> None:
         assert self.state is State.UP, self
         self.state = State.STOPPED
-        self.stopped_at = self._loop.now
 
     def resume(self, io_first: bool = False) -> None:
         """What became due meanwhile runs now. io_first: what arrived before what was timed."""
@@ -90,6 +89,7 @@ class Node:
     def kill(self) -> None:
         assert self.state is not State.DEAD, self
         self.state = State.DEAD
+        self.died_at = self._loop.now
         self.kept += [task for task in asyncio.all_tasks(self._loop) if node_of(task) is self]
         self.kept += self.parked
         self.parked = deque()

@@ -60,7 +60,8 @@ class Wires:
         self.sides: dict[Side, None] = {}  # open ones, in order of their making
         self.cuts: dict[tuple[Node, Node], None] = {}
         self.num_messages = 0
-        self.on_event: Callable[[str, Node, Node], None] | None = None  # what is sent or stored now, by whom, to whom
+        # What is sent or stored now, by whom, to whom. -> True: it never arrives.
+        self.on_event: Callable[[str, Node, Node], bool] | None = None
         self._kernel = contextvars.Context()  # of no node: what is on its way goes on when its sender stops or dies
 
     def at(self, when: float, callback: Callable[..., object], *args: Any) -> None:
@@ -196,10 +197,9 @@ class Side:
         wires, weather, rng = self._wires, self._wires.weather, self._wires.rng
         wires.num_messages += 1
         wires.log(self.node, "->", self.name, ("send", "call", "answer")[kind], message)
-        if wires.on_event is not None:
-            wires.on_event(type(message).__name__, self.node, self.other.node)
         frame = (kind, call_id, encode(message))
-        if weather.vanish and rng.random() < weather.vanish:
+        is_lost = wires.on_event is not None and wires.on_event(type(message).__name__, self.node, self.other.node)
+        if is_lost or (weather.vanish and rng.random() < weather.vanish):
             wires.log(None, "   vanished:", message)
             return
         if weather.reset and rng.random() < weather.reset:
