@@ -101,6 +101,8 @@ def plan(seed: int) -> Plan:
     wanted = [_wanted(rng, shape, i) for i in range(rng.choice((3, 4, 6, 8, 12)))]
     acts = sorted((_act(rng, shape) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6, 8)))), key=lambda act: act.at)
     acts += [_triggered(rng, shape) for _ in range(rng.choice((0, 0, 1, 2, 3)))]
+    if rng.random() < 0.15:  # a reservation of which nobody will ever speak again
+        acts += [_lost("Prefill", rng.randint(1, 3)), *(_lost("Cancel", nth) for nth in range(1, 5))]
     weather, damage = _weather(rng), _damage(rng)
     is_quiet = rng.random() < 0.08
     if is_quiet:
@@ -206,6 +208,10 @@ def _triggered(rng: random.Random, shape: Shape) -> Act:
         trigger=rng.choice(TRIGGERS),
         nth=rng.choice((1, 1, 2, 3, 5, 8, 13)),
     )
+
+
+def _lost(message: str, nth: int) -> Act:
+    return Act(0.0, "lose", "sender", 0, trigger=message, nth=nth)
 
 
 class StopsAt:
