@@ -155,6 +155,8 @@ class Links:
             raise
         assert isinstance(answer, HandshakeAccepted)
         if answer.incarnation != incarnation:
+            if answer.incarnation not in self._links:
+                self._owe(answer.incarnation, address, ())  # it takes us for its writer now
             raise GoneAway(f"at {address} lives {answer.incarnation}, not {incarnation}")
         for grant_id in answer.void_grants:
             self._on_void(grant_id)
