@@ -89,8 +89,8 @@ def plan(seed: int) -> Plan:
     shape.num_decode = rng.choice((1, 2, 2, 3))
     shape.num_gateways = rng.choice((1, 1, 2))
     shape.num_hosts = rng.choice((1, 1, 2, 3))
-    shape.prefill_blocks = rng.choice((20, 28, 40))
-    shape.decode_blocks = rng.choice((24, 32, 48))
+    shape.prefill_blocks = rng.choice((14, 20, 28, 40))
+    shape.decode_blocks = rng.choice((14, 20, 32, 48))
     shape.prefill_step_s = rng.choice((0.01, 0.05, 0.15))
     shape.decode_step_s = rng.choice((0.01, 0.04, 0.1))
     shape.prefill_batched_tokens = rng.choice((6, 16, 64))
@@ -312,6 +312,7 @@ class Run:
             await asyncio.sleep(0.25)
         for story in unsettled:
             self.report(f"not over {SETTLE_S:g} s after the nemesis ended: {story}")
+        await asyncio.sleep(0.5)  # what was said last is still on its way
         self.checks.at_the_end()
 
     # ---- clients ---------------------------------------------------------------------------------------------------

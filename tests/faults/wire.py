@@ -226,6 +226,8 @@ class Side:
         if self.other.node is not self.node and self._wires.is_cut(self.other.node, self.node):
             self._under_way.append(frame)
             return
+        if frame[0] == END and self._wires.rng.random() < 0.2:  # a reset, which throws away what was not read yet
+            self._received.clear()
         self._received.append(frame)
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
@@ -268,6 +270,7 @@ class Side:
             while received:
                 kind, call_id, body = received.popleft()
                 if kind == END:
+                    await asyncio.sleep(0)  # calls that came before it have begun
                     self.close("the other side closed it")
                     return
                 message = decode(body)
