@@ -1,4 +1,8 @@
-"""Replay one seed, or run many: `python -m tests.faults --seed 1234 --verbose`, `python -m tests.faults --first 0 --count 20000`."""
+"""Replay one seed, or run many.
+
+python -m tests.faults --seed 1234 --verbose
+python -m tests.faults --first 0 --count 20000
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ import sys
 import time
 from collections import Counter
 
-from tests.faults.scenario import plan, run
+from tests.faults.plans import plan
+from tests.faults.scenario import run
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description="Replay one seed, or run many.")
     parser.add_argument("--seed", type=int, help="replay this one")
     parser.add_argument("--verbose", action="store_true", help="print every event of it")
     parser.add_argument("--first", type=int, default=0)

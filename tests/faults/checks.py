@@ -17,15 +17,14 @@ from decode.handover import Handover
 from protocol.events import Failed, Finished, Tokens
 from tests.faults.machines import Machine, Machines
 from tests.faults.model import Chains
+from tests.faults.plans import STOP_EVERY, Plan
 
 if TYPE_CHECKING:
-    from tests.faults.scenario import Plan, Told
+    from tests.faults.scenario import Told
 
 
 class Checks:
-    def __init__(
-        self, plan: Plan, machines: Machines, told: list[Told], chains: Chains, report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, plan: Plan, machines: Machines, told: list[Told], chains: Chains, report: Callable[[str], None]) -> None:
         self.numbers: Counter[str] = Counter()
         self._plan = plan
         self._machines = machines
@@ -55,7 +54,7 @@ class Checks:
         delivered += event.token_ids
         if delivered != answer[: len(delivered)]:
             self._report(f"S3 {key}: {delivered}, the oracle says {answer}")
-        text = "".join(f"{t} " for t in event.token_ids if not (told.wanted.request.sampling.stop and t % 11 == 0))
+        text = "".join(f"{t} " for t in event.token_ids if not (told.wanted.request.sampling.stop and t % STOP_EVERY == 0))
         if event.text != text:
             self._report(f"S3 {key}: text {event.text!r}, the oracle says {text!r}")
 
@@ -78,7 +77,7 @@ class Checks:
             sampling = request.sampling
             answer = self._chains.answer(*key[:1], request.prompt_token_ids, choice, sampling, sampling.max_tokens or 1)
             for place, token in enumerate(answer):
-                if token in (sampling.stop_token_ids or ()) or (sampling.stop and token % 11 == 0):
+                if token in (sampling.stop_token_ids or ()) or (sampling.stop and token % STOP_EVERY == 0):
                     answer = answer[: place + 1]
                     break
             self._answers[key] = answer

@@ -174,9 +174,7 @@ class Machines:
     async def _scheduler(self, machine: Machine) -> None:
         config = SchedulerConfig(disaggregation_threshold=self.shape.threshold)
         rng = random.Random(machine.pid)
-        scheduler = Scheduler(
-            config, enable_prefix_caching=self.shape.caching, hash_block_len=HASH_BLOCK_LEN, draw=rng.random
-        )
+        scheduler = Scheduler(config, enable_prefix_caching=self.shape.caching, hash_block_len=HASH_BLOCK_LEN, draw=rng.random)
         scheduler.costs.output(MODEL).mean = self.shape.mean_output
         machine.service = SchedulerService(scheduler, machine.network, machine.node.clock, self.outcomes)  # type: ignore[arg-type]
         await machine.service.start()
@@ -204,7 +202,16 @@ class Machines:
         )
         compute, verify = self._compute(machine, shape.decode_step_s), self._compute(machine, shape.decode_step_s / 2)
         worker = DecodeWorker(
-            settings, engine.runner, engine.pool, engine.kv, receivers, machine.network, node.clock, compute, verify, SECRET  # type: ignore[arg-type]
+            settings,
+            engine.runner,
+            engine.pool,
+            engine.kv,
+            receivers,
+            machine.network,
+            node.clock,
+            compute,
+            verify,
+            SECRET,  # type: ignore[arg-type]
         )
         for receiver in receivers.values():
             receiver.worker = worker

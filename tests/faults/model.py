@@ -28,7 +28,12 @@ BLOCK_SIZE = 4
 NUM_LAYERS = 2
 VOCAB_SIZE = 256
 LAYOUT = KVLayout(
-    num_layers=NUM_LAYERS, num_kv_heads=1, head_dim=8, block_size=BLOCK_SIZE, dtype="uint8", model_hash="light model of the fault tests"
+    num_layers=NUM_LAYERS,
+    num_kv_heads=1,
+    head_dim=8,
+    block_size=BLOCK_SIZE,
+    dtype="uint8",
+    model_hash="light model of the fault tests",
 )
 ROOT = 0x9E3779B97F4A7C15
 # A bijection for each (layer, K or V); the first is the identity, so that a chunk finds its parent's link in layer 0.
@@ -142,4 +147,6 @@ class LightRunner:
             position = int(np.nonzero((read != wanted).any(axis=(1, 2)))[0][0])
             block = sequence.blocks[position // BLOCK_SIZE]
             whose = self._chains.owner(int(read[position, 0, 0]))
-            self._report(f"{sequence.request.request_id}[{sequence.choice}] reads wrong KV at {position}, block {block}: of {whose}")
+            self._report(
+                f"{sequence.request.request_id}[{sequence.choice}] reads wrong KV at {position}, block {block}: of {whose}"
+            )

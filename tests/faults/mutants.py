@@ -16,8 +16,9 @@ import kvtransfer.handoff
 import prefill.links
 import prefill.worker
 from kvtransfer.handoff import Effect
+from protocol.errors import Failure
 from protocol.messages import Ok, Outcome, TokenFrame
-from tests.faults import stores
+from tests.faults import stores, wire
 
 
 @contextlib.contextmanager
@@ -185,6 +186,41 @@ def verifying_blocks_released_on_cancel() -> Any:
     return _replaced(kvtransfer.handoff.Inbound, "cancelled", released)
 
 
+def admission_asked_once() -> Any:
+    return _replaced(cluster.gateway, "ASK_AGAIN_S", 1e9)
+
+
+def own_errors_unknown_to_others() -> Any:
+    """A module's own subclass of an error crosses the wire under a name that nobody else knows."""
+
+    def by_name(error: BaseException) -> Failure:
+        return Failure(type(error).__name__, getattr(error, "message", ""))
+
+    return _replaced(wire, "to_failure", by_name)
+
+
+def unfinished_handshake_not_owed() -> Any:
+    """A hand-shake that failed halfway is forgotten, though decode may have taken us for its writer."""
+    owe = prefill.links.Links._owe
+
+    def only_with_something_to_say(links: Any, incarnation: str, address: str, grant_ids: Any) -> None:
+        if grant_ids != ():
+            owe(links, incarnation, address, grant_ids)
+
+    return _replaced(prefill.links.Links, "_owe", only_with_something_to_say)
+
+
+def reservation_that_comes_twice_is_granted() -> Any:
+    """A Reserve that is repeated after its attempt ended takes blocks again, and asks for a grant that was used."""
+    granted = kvtransfer.handoff.Inbound.granted
+
+    def asserting(inbound: Any, grant: Any, now: float) -> list[str]:
+        assert grant.grant_id not in inbound._ended, f"grant id {grant.grant_id} was used before"
+        return granted(inbound, grant, now)
+
+    return _replaced(kvtransfer.handoff.Inbound, "granted", asserting)
+
+
 MUTANTS: dict[str, Callable[[], Any]] = {
     made.__name__: made
     for made in (
@@ -206,5 +242,9 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         cancel_not_sent,
         dead_workers_still_placed,
         verifying_blocks_released_on_cancel,
+        admission_asked_once,
+        own_errors_unknown_to_others,
+        unfinished_handshake_not_owed,
+        reservation_that_comes_twice_is_granted,
     )
 }

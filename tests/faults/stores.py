@@ -315,7 +315,9 @@ class VirtualSender:
         try:
             async with asyncio.timeout(5.0):  # kvtransfer's stall_timeout_s
                 if not await stored:
-                    transfer.fail(TransferFailed(f"the decode worker refuses grant {transfer.grant.grant_id}: it is unknown or over"))
+                    transfer.fail(
+                        TransferFailed(f"the decode worker refuses grant {transfer.grant.grant_id}: it is unknown or over")
+                    )
         except TimeoutError:
             transfer.fail(TransferFailed("the KV connection stalled"))
 

@@ -16,6 +16,7 @@ import pytest
 from tests.faults import scenario
 from tests.faults.mutants import MUTANTS
 from tests.faults.pinned import PINNED
+from tests.faults.plans import plan
 
 NUM_SEEDS = int(os.environ.get("TANDEM_FAULT_SEEDS", "2000"))
 ONE_SEED = os.environ.get("TANDEM_FAULT_SEED")
@@ -34,7 +35,7 @@ def _story(seed: int, problems: list[str]) -> str:
     """Everything a person needs to begin with: the seed, its plan, what was wrong, and what happened before."""
     history = scenario.run(seed, keep_history=True).history
     first = next((i for i, line in enumerate(history) if "PROBLEM" in line), len(history))
-    lines = [f"seed {seed}; replay it with: python -m tests.faults --seed {seed} --verbose", str(scenario.plan(seed))]
+    lines = [f"seed {seed}; replay it with: python -m tests.faults --seed {seed} --verbose", str(plan(seed))]
     return "\n".join([*lines, "...", *history[max(0, first - 40) : first + 1], "problems:", *problems])
 
 

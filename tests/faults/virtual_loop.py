@@ -108,7 +108,9 @@ class Handle:
 
     __slots__ = ("callback", "args", "context", "node", "when_due", "is_cancelled")
 
-    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context, when_due: float) -> None:
+    def __init__(
+        self, callback: Callable[..., object], args: tuple[Any, ...], context: contextvars.Context, when_due: float
+    ) -> None:
         self.callback = callback
         self.args = args
         self.context = context
