@@ -38,6 +38,8 @@ def many(first: int, count: int, stop_after: int) -> int:
         result = run(seed)
         totals.update(result.numbers)
         virtual_s += result.virtual_s
+        if (seed - first) % 1000 == 999:
+            print(f"{seed - first + 1} seeds, {time.process_time() - started:.0f} s of CPU", flush=True)
         if result.problems:
             failing.append(seed)
             print(f"seed {seed}: {len(result.problems)} problems, the first: {result.problems[0]}", flush=True)

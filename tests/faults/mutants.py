@@ -210,17 +210,6 @@ def unfinished_handshake_not_owed() -> Any:
     return _replaced(prefill.links.Links, "_owe", only_with_something_to_say)
 
 
-def reservation_that_comes_twice_is_granted() -> Any:
-    """A Reserve that is repeated after its attempt ended takes blocks again, and asks for a grant that was used."""
-    granted = kvtransfer.handoff.Inbound.granted
-
-    def asserting(inbound: Any, grant: Any, now: float) -> list[str]:
-        assert grant.grant_id not in inbound._ended, f"grant id {grant.grant_id} was used before"
-        return granted(inbound, grant, now)
-
-    return _replaced(kvtransfer.handoff.Inbound, "granted", asserting)
-
-
 MUTANTS: dict[str, Callable[[], Any]] = {
     made.__name__: made
     for made in (
@@ -245,6 +234,5 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         admission_asked_once,
         own_errors_unknown_to_others,
         unfinished_handshake_not_owed,
-        reservation_that_comes_twice_is_granted,
     )
 }

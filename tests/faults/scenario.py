@@ -171,7 +171,7 @@ class Run:
                     told.has_left, told.left_at = True, self.loop.now
                     break
                 if wanted.reads_slowly:
-                    await asyncio.sleep(0.3)
+                    await asyncio.sleep(0.1)
         finally:
             await events.aclose()
 

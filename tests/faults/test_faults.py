@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults import scenario
 from tests.faults.mutants import MUTANTS
-from tests.faults.pinned import PINNED
+from tests.faults.pinned import NOTICED_BY, PINNED
 from tests.faults.plans import plan
 
 NUM_SEEDS = int(os.environ.get("TANDEM_FAULT_SEEDS", "2000"))
@@ -59,7 +59,7 @@ def test_seeds_that_once_found_something(seed):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_missing_safeguard_is_noticed(name):
     with MUTANTS[name]():
-        for seed in range(MUTANT_SEEDS):
+        for seed in (NOTICED_BY.get(name, 0), *range(MUTANT_SEEDS)):
             if scenario.run(seed).problems:
                 print(f"{name}: noticed by seed {seed}")
                 return
