@@ -392,6 +392,7 @@ class _Unborn(Side):
 
     def __init__(self, network: VirtualNetwork) -> None:
         self.frames: list[Frame] = []
+        self._under_way = deque()
         self.node = network.node
         self.is_closed = False
         self.is_mute = False
