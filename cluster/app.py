@@ -13,11 +13,14 @@ import os
 from typing import Any
 
 import msgspec
+import ray
 from ray import serve
 from ray.serve import Application
 
 from cluster.deployments import GatewayReplica, WorkerReplica
 from configs.schema import Config, check
+from models.config import read_config
+from models.locate import locate
 from protocol.errors import ConfigError
 
 GOING_S = 10.0  # what a replica may take to go, beside its drain
@@ -78,12 +81,32 @@ def _workers(role: str, config: Config) -> Any:
 
 
 def _rank_options(role: str, config: Config) -> dict[str, Any]:
-    """What Ray is asked for each rank, the leader included. GPUs only where ranks of a group must each have their own: Ray then
-    shows each of them its own one."""
+    """What Ray is asked for each rank, the leader included. A GPU only where there are groups, whose ranks must have one each: Ray
+    then shows every rank its own. Without groups, workers may share one."""
     options: dict[str, Any] = {"num_cpus": 0, "resources": {ROLE_RESOURCES[role]: 1}}
-    if config.model.device == "cuda" and config.parallel(role).num_ranks > 1:
+    if config.num_ranks > config.num_workers and _computes_on_gpus(config):
         options["num_gpus"] = 1
     return options
+
+
+def _computes_on_gpus(config: Config) -> bool:
+    """Whether workers will find a GPU where Ray starts them; the process that builds the application may have none."""
+    if config.model.device != "auto":
+        return config.model.device == "cuda"
+    has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    return has_gpus and read_config(locate(config.model.name, config.model.revision)).family != "toy"
+
+
+def check_gpus(config: Config) -> None:
+    """On one machine: raises ConfigError when groups want more GPUs than there are; Ray would let them wait for ever."""
+    options = _rank_options("decode", config)
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if "num_gpus" in options and config.num_ranks > there:
+        raise ConfigError(
+            f"{config.num_ranks} ranks need a GPU each, and here are {there}; use smaller --prefill-tp, --prefill-pp, --decode-tp, "
+            "--decode-pp, fewer workers, or --device cpu",
+            param="decode.tp",
+        )
 
 
 def _resources(options: dict[str, Any]) -> dict[str, float]:

@@ -236,9 +236,10 @@ def _deploy(config: Any, secret: bytes, line: Line) -> Any:
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    from cluster.app import application
+    from cluster.app import application, check_gpus
     from cluster.deployments import scheduler_actor
 
+    check_gpus(config)
     actor = scheduler_actor(msgspec.json.encode(config), secret)
     serve.start(
         proxy_location="HeadOnly",

@@ -185,7 +185,7 @@ class Handover:
             if self._receivers.is_alone:
                 self._receivers.forget_here(grant_id)
             else:
-                await self._receivers.forget(grant_id)
+                await self._receivers.forget(grant_id, is_over=False)
             bad = await self._receivers.verify(grant, manifest)
         except BaseException:  # not verified is not good, and the blocks must not stay between two states
             self._end(grant_id, self._inbound.verified(grant_id, False), TransferFailed("the verification itself failed"))
@@ -268,7 +268,7 @@ class Handover:
             self._later(self._forget_then(grant_id, act))
 
     async def _forget_then(self, grant_id: str, act: Callable[[Mapping[str, bool]], None]) -> None:
-        act(await self._receivers.forget(grant_id))
+        act(await self._receivers.forget(grant_id, is_over=True))
 
     def _has_stopped(self, grant: Grant) -> bool:
         """Whether the writer of a void grant can no longer store into it: this end refuses, or it never called here. In a group the

@@ -187,15 +187,15 @@ class Inbound:
         assert grant.decode_incarnation == self._incarnation, "a grant names the worker that gives it"
         assert grant.layout == self._layout, "a grant names the layout of our pool"
         assert grant.prefill_incarnation, "a grant without a writer needs no hand-off"
+        newest = self._epochs.get(grant.request_id, (0.0, -1))[1]
+        if grant.epoch <= newest:  # first: a Reserve that comes twice asks for an id that was used, and that is not our mistake
+            raise TransferFailed(
+                f"request {grant.request_id}: epoch {grant.epoch} is stale, this worker already granted epoch {newest}"
+            )
         assert grant.grant_id not in self._held, f"grant id {grant.grant_id} is in use"
         assert grant.grant_id not in self._ended, f"grant id {grant.grant_id} was used before"
         assert 0 <= grant.num_cached_blocks <= len(grant.block_ids), "more cached blocks than blocks"
         assert grant.lease_s > 0, "a lease is longer than nothing"
-        newest = self._epochs.get(grant.request_id, (0.0, -1))[1]
-        if grant.epoch <= newest:
-            raise TransferFailed(
-                f"request {grant.request_id}: epoch {grant.epoch} is stale, this worker already granted epoch {newest}"
-            )
         taken = set(written_blocks(grant))
         assert len(taken) == len(written_blocks(grant)), "a block twice in one grant"
         for held in self._held.values():

@@ -134,7 +134,10 @@ class RankReceivers:
             self.expect(message.grant)
             return Ok()
         if isinstance(message, RankForget):
-            return RankForgot(self.forget(message.grant_id))
+            refuses = self.forget(message.grant_id)
+            if message.is_over:
+                self.drop(message.grant_id)
+            return RankForgot(refuses)
         if isinstance(message, RankDrop):
             self.drop(message.grant_id)
         elif isinstance(message, RankLanded):
@@ -172,13 +175,15 @@ class GroupReceivers:
         """On our own rank alone, at once. Where the worker is alone that is all there is to forget."""
         return self._own.forget(grant_id)
 
-    async def forget(self, grant_id: str) -> dict[str, bool]:
-        """On every rank; by transport, whether no rank can take a late store now. A rank that does not answer may."""
+    async def forget(self, grant_id: str, *, is_over: bool) -> dict[str, bool]:
+        """On every rank; by transport, whether no rank can take a late store now. A rank that does not answer may. is_over: it will
+        not be verified.
+        """
         refused = self._own.forget(grant_id)
         if not self._others:
             return refused
         try:
-            answers = await self._ask(RankForget(grant_id))
+            answers = await self._ask(RankForget(grant_id, is_over))
         except TandemError as error:
             log.warning("a rank does not say that it refuses grant %s: %s", grant_id, error.message)
             return dict.fromkeys(refused, False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
@@ -121,7 +120,7 @@ class Handover:
         self._landed(message.grant, message.landed)
 
     async def _finish(self, job: Job, first_tokens: tuple[FirstToken, ...]) -> None:
-        started = time.perf_counter()
+        started = self._clock()
         try:
             await self._hand_over(job, first_tokens)
         except Exception as error:
@@ -132,7 +131,7 @@ class Handover:
                 self.transfers_failed += 1
                 self._on_failed(job, TransferFailed(f"KV transfer: {fault.message}"), "transfer")
             return
-        seconds = time.perf_counter() - started
+        seconds = self._clock() - started
         nbytes = (len(job.grant.block_ids) - job.grant.num_cached_blocks) * self._layout.block_nbytes
         self.transfers += 1
         self.transfer_s += seconds

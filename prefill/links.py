@@ -231,6 +231,7 @@ class Links:
             break
         if peer.is_closed:
             sender.close()
+            self._owe(incarnation, address, ())
             raise WorkerLost(f"the connection to {address} broke during the hand-shake")
         link = self._links[incarnation] = Link(incarnation, address, peer, transport, sender)
         owed = self._owed.pop(incarnation, None)
@@ -251,8 +252,14 @@ class Links:
             raise
         except HandshakeRefused as error:
             raise HandshakeRefused(f"{ends}: {error.message}; {pair.reasons()}", param=error.param) from None
+        except (WorkerLost, DeadlineExceeded):
+            # It may have taken us for its writer all the same, and would wait for our word over a connection that is gone.
+            self._owe(incarnation, address, ())
+            raise
         assert isinstance(answer, HandshakeAccepted)
         if answer.incarnation != incarnation:
+            if answer.incarnation not in self._links:
+                self._owe(answer.incarnation, address, ())  # it takes us for its writer now
             raise GoneAway(f"at {address} lives {answer.incarnation}, not {incarnation}")
         for grant_id in answer.void_grants:
             self._on_void(grant_id)

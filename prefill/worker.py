@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -325,7 +324,7 @@ class PrefillWorker:
         """Plan, run, emit. Whatever goes wrong fails the prompts of this step, and the loop goes on (R11)."""
         self._admit()
         in_step = list(self._active)
-        started = time.perf_counter()
+        started = self._clock()
         try:
             planned = plan([job.sequence for job in in_step], self.settings.max_num_batched_tokens)
             jobs = {id(job.sequence): job for job in in_step}
@@ -343,7 +342,7 @@ class PrefillWorker:
             for job in in_step:
                 self._give_up(job, _step_failed(error))
         self._counts["num_steps"] += 1
-        self._counts["step_s"] += time.perf_counter() - started
+        self._counts["step_s"] += self._clock() - started
         self._act()
 
     def _extras(self, pushes: list[Push]) -> Extras:

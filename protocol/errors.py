@@ -125,7 +125,8 @@ class WorkerLost(TandemError):
 
 
 class GroupBroken(WorkerLost):
-    """A rank of this worker died, failed in a step or was silent past the deadline: the whole group is over, and so is its worker."""
+    """A rank of this worker died, failed in a step or was silent past the deadline: the whole group is over, and so is its
+    worker."""
 
 
 class ReservationRefused(TandemError):
@@ -196,9 +197,13 @@ _BY_NAME = {cls.__name__: cls for cls in _subclasses(TandemError)}
 
 
 def to_failure(error: BaseException) -> Failure:
-    """The wire form. An exception that is not ours becomes an InternalError without its text: it may hold a prompt."""
+    """The wire form. An exception that is not ours becomes an InternalError without its text: it may hold a prompt.
+
+    A subclass that another module made for itself travels as the class of this module that it is.
+    """
     if isinstance(error, TandemError):
-        return Failure(type(error).__name__, error.message, error.param, error.retry_after)
+        kind = next(cls.__name__ for cls in type(error).__mro__ if _BY_NAME.get(cls.__name__) is cls)
+        return Failure(kind, error.message, error.param, error.retry_after)
     return Failure("InternalError", f"internal error ({type(error).__name__}); the worker's log has the details")
 
 

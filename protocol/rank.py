@@ -104,9 +104,10 @@ class RankExpect(msgspec.Struct, frozen=True, tag="rank_expect"):
 
 
 class RankForget(msgspec.Struct, frozen=True, tag="rank_forget"):
-    """Receiver.forget on this rank. -> RankForgot"""
+    """Receiver.forget on this rank. is_over: nothing of it will be verified, so what is known of its bytes may go. -> RankForgot"""
 
     grant_id: str
+    is_over: bool = False
 
 
 class RankDrop(msgspec.Struct, frozen=True, tag="rank_drop"):

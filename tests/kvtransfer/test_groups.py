@@ -30,7 +30,7 @@ async def transfer(groups: Groups, grant) -> bytes:
     await groups.sender.open(grant)
     groups.push(grant)
     digests = await groups.sender.finish(grant.grant_id, 5.0)
-    await groups.receivers.forget(grant.grant_id)
+    await groups.receivers.forget(grant.grant_id, is_over=False)
     return digests
 
 
@@ -157,7 +157,7 @@ def test_landed_runs_are_hashed_ahead_and_the_seal_reads_nothing(run, monkeypatc
         for landed in groups.landed:
             groups.receivers.landed(grant, landed, "shm")
         await asyncio.sleep(0.05)
-        await groups.receivers.forget(grant.grant_id)
+        await groups.receivers.forget(grant.grant_id, is_over=False)
         from kvtransfer import receiving
 
         verify = receiving.verify
@@ -187,7 +187,7 @@ def test_a_run_that_is_stored_again_after_it_was_hashed(run):
             pool.runs[:] ^= 0xFF
         groups.push(grant)
         digests = await groups.sender.finish(grant.grant_id, 5.0)
-        await groups.receivers.forget(grant.grant_id)
+        await groups.receivers.forget(grant.grant_id, is_over=False)
         assert await groups.receivers.verify(grant, groups.manifest(grant, digests)) == []
         groups.check(grant)
 

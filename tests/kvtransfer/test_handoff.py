@@ -71,6 +71,15 @@ def outbound() -> Outbound:
 # ---- decode side -----------------------------------------------------------------------------------------------------
 
 
+def test_a_reservation_that_comes_twice_is_stale_also_when_its_grant_is_over():
+    inbound = Inbound("D1", LAYOUT, SECRET)
+    grant = make_grant()
+    inbound.granted(grant, 0.0)
+    assert inbound.cancelled("g", writer_stopped=True) is Effect.RELEASE
+    with pytest.raises(TransferFailed, match="stale"):
+        inbound.granted(grant, 1.0)
+
+
 def test_the_good_way(inbound):
     grant = make_grant()
     assert (written_blocks(grant), cached_blocks(grant)) == ((8, 9), (7,))

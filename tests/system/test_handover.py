@@ -12,7 +12,7 @@ import pytest
 from decode.writers import MAX_VOID_GRANTS, MAX_VOID_WRITERS
 from kvtransfer.handoff import MEMORY_S
 from kvtransfer.shm import ShmLane
-from protocol.errors import HandshakeRefused, ReservationRefused, TransferFailed, WorkerLost
+from protocol.errors import DeadlineExceeded, HandshakeRefused, ReservationRefused, TransferFailed, WorkerLost
 from protocol.events import Finished
 from protocol.messages import Cancel, StopWriting
 from tests.system.local import cluster, events_of, oracle, request, tokens_of
@@ -112,6 +112,31 @@ async def test_a_quarantine_ends_after_the_connection_broke(monkeypatch, lost):
         await until(lambda: decode.pool.num_quarantined == 0 and decode.pool.num_used == 0)
         await until(lambda: prefill.handover.links.num_owed == 0)
         assert tokens_of(await events_of(made, request(range(40)))) == oracle(list(range(40)), 8)
+
+
+@pytest.mark.parametrize("lost", ["connection", "answer"])
+async def test_a_handshake_whose_answer_is_lost_is_made_again(monkeypatch, lost):
+    """Decode knows the writer then and waits for its word; without another hand-shake nobody could ask for it."""
+    async with cluster(("shm",)) as made:
+        decode, prefill = made.workers
+        handshake, num_lost = decode.handover.handshake, []
+
+        def unheard(peer, message):
+            answer = handshake(peer, message)
+            if not num_lost:
+                num_lost.append(1)
+                if lost == "connection":
+                    peer.close()
+                raise DeadlineExceeded("the answer got lost")
+            return answer
+
+        monkeypatch.setattr(decode.handover, "handshake", unheard)
+        events = made.gateway.generate(request(range(40)))
+        task = asyncio.create_task(events.__anext__())
+        await until(lambda: decode.pool.num_quarantined > 0 or prefill._links.num_owed > 0)
+        await abandon(task, events)
+        await until(lambda: prefill._links.num_owed == 0 and len(prefill._links) == 1)
+        await until(lambda: decode.pool.num_quarantined == 0 and decode.pool.num_used == 0)
 
 
 async def test_nobody_waits_for_an_incarnation_that_is_gone():
