@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 64 << 20
 MAX_UNSENT_BYTES = 32 << 20  # a peer that reads slower than this is cut off, so that nobody else waits for it
 MAX_CALLS = 65_536  # calls of one peer that may wait here at once
-HANDSHAKE_TIMEOUT_S = 5.0
 HEARTBEAT_S = 1.0
 HEARTBEAT_MISSES = 3
+HANDSHAKE_TIMEOUT_S = HEARTBEAT_S * HEARTBEAT_MISSES  # a stopped process still accepts; it must not hold us up longer than this
 
 _HEADER = struct.Struct("!IBQ")
 _SEND, _CALL, _ANSWER, _PING = range(4)
