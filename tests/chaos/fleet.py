@@ -17,6 +17,7 @@ import os
 import secrets
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -231,7 +232,8 @@ class Fleet:
 
     async def __aenter__(self) -> Fleet:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._control = str(self.folder / "control")
+        self._short = tempfile.TemporaryDirectory(prefix="tandem-fleet-")  # a socket's path is 107 bytes at most
+        self._control = f"{self._short.name}/control"
         self._server = await asyncio.start_unix_server(self._accept, self._control, limit=1 << 26)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         command = [sys.executable, "-m", "tests.chaos.zygote", str(os.getpid())]
@@ -279,6 +281,7 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._server.close()
+        self._short.cleanup()
 
     def start(self, name: str) -> Life:
         slot = self.slots[name]

@@ -49,6 +49,7 @@ class Stream:
         self.terminal: list[Event] = []
         self.faults: list[str] = []  # what is wrong with it, in words
         self.num_events = 0
+        self.epochs: list[tuple[int, int]] = []  # (index, epoch) of each event
 
     def take(self, event: Event) -> None:
         if self.terminal:
@@ -64,12 +65,16 @@ class Stream:
 
     def check(self) -> str:
         """ "" when all is well, else "wrong", "lost" or "failed"; the words are in `faults`."""
-        sampling = self.request.sampling
         wanted = oracle(self.request.prompt_token_ids, max((len(t) for t in self.tokens), default=0))
         for choice, tokens in enumerate(self.tokens):
             if tokens != wanted[: len(tokens)]:
                 place = next(i for i, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b)
                 self.faults.append(f"choice {choice} differs from the oracle at token {place}")
+        return self.check_end()
+
+    def check_end(self) -> str:
+        """What can be said without an oracle."""
+        sampling = self.request.sampling
         if self.faults:
             return "wrong"
         if self.leaves_after is not None and not self.terminal:
@@ -192,7 +197,13 @@ class Load:
         while not self._is_draining:
             self._next_id += 1
             request_id = f"{self.name}-{self._next_id}"
-            await self.run(*draw(rng, request_id, **{k: v for k, v in shape.items() if k != "spread_s"}))
+            await self.run(*self.draw(rng, request_id, {k: v for k, v in shape.items() if k != "spread_s"}))
+
+    def draw(self, rng: random.Random, request_id: str, shape: dict[str, Any]) -> tuple[Request, int | None]:
+        return draw(rng, request_id, **shape)
+
+    def verdict(self, stream: Stream) -> str:
+        return stream.check()
 
     async def run(self, request: Request, leaves_after: int | None = None) -> Stream:
         """One stream from door to door; its verdict goes into the counts."""
@@ -208,6 +219,7 @@ class Load:
                         self._longest_silence_s = max(self._longest_silence_s, now - heard_at)
                     heard_at = now
                     self._counts["tokens"] += len(event.token_ids)
+                    stream.epochs.append((event.index, self.gateway._walks[request.request_id].epoch))
                     if request.request_id in self._open:
                         self._heard(request.request_id, now)
                 if leaves_after is not None and stream.num_events >= leaves_after:
@@ -238,7 +250,7 @@ class Load:
             del self._open[request_id]
 
     def _judge(self, stream: Stream) -> None:
-        verdict = stream.check()
+        verdict = self.verdict(stream)
         self._counts["streams"] += 1
         self._counts["cancelled" if not stream.terminal and not verdict else verdict or "good"] += 1
         if verdict:
@@ -262,7 +274,7 @@ def draw(
     request_id: str,
     *,
     prompt_len: tuple[int, int] = (8, 96),
-    max_tokens: tuple[int, int] = (100, 300),
+    max_tokens: tuple[int, int] | int = (100, 300),
     num_prefixes: int = 4,
     choices_rate: float = 0.05,
     leave_rate: float = 0.03,
@@ -272,7 +284,7 @@ def draw(
     if num_prefixes and rng.random() < 0.5:
         shared = random.Random(f"prefix {rng.randrange(num_prefixes)}")
         prompt = [shared.randrange(512) for _ in range(64)] + prompt
-    wanted = rng.randint(*max_tokens)
+    wanted = max_tokens if isinstance(max_tokens, int) else rng.randint(*max_tokens)
     leaves_after = rng.randint(1, wanted) if rng.random() < leave_rate else None
     num_choices = 2 if rng.random() < choices_rate else 1
     sampling = SamplingParams(temperature=0.0, max_tokens=wanted, seed=1, ignore_eos=True, n=num_choices)

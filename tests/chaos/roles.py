@@ -36,6 +36,7 @@ from protocol.kv import TcpEndpoint
 from scheduler.scheduler import Scheduler
 from tests.chaos import hooks
 from tests.chaos.load import Load
+from tests.chaos.real_load import RealLoad
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ async def gateway(spec: dict[str, Any]) -> None:
         limits_of(config),
     )
     await made.start()
-    load = Load(made, name)
+    load = Load(made, name) if config.model.name == "toy" else RealLoad(made, name)
     handlers: Handlers = {
         "start": load.start,
         "mark": load.mark,
@@ -150,6 +151,8 @@ async def gateway(spec: dict[str, Any]) -> None:
         "report": load.report,
         "in_flight": lambda: made.num_in_flight,
     }
+    if isinstance(load, RealLoad):
+        handlers |= {"answer": load.answer, "answers": load.answers}
     await Control(spec).serve(handlers, address=made._network.address)
 
 
