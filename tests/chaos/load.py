@@ -279,7 +279,7 @@ def draw(
     choices_rate: float = 0.05,
     leave_rate: float = 0.03,
 ) -> tuple[Request, int | None]:
-    """A request of its own kind: half of the prompts share a beginning with others, a few ask for two choices, a few leave early."""
+    """Half of the prompts share a beginning with others, a few requests ask for two choices, a few clients leave early."""
     prompt = [rng.randrange(512) for _ in range(rng.randint(*prompt_len))]
     if num_prefixes and rng.random() < 0.5:
         shared = random.Random(f"prefix {rng.randrange(num_prefixes)}")

@@ -8,13 +8,11 @@ another worker has taken over, so tokens that were on the wire already do not co
 
 from __future__ import annotations
 
-import asyncio
 import os
 
 import pytest
 
 from tests.chaos import nemesis
-from tests.chaos.fleet import Fleet
 from tests.chaos.real_load import partings
 from tests.chaos.settings import bundled_fleet, check, toy_fleet
 
@@ -66,7 +64,7 @@ async def test_bundled_model_keeps_every_delivered_token(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n{nemesis.table(result)}")
         print(
-            f"{len(answers)} streams, {len(resumed)} resumed, {len(gaps)} parted from the undisturbed run; (token, gap, resumed at):"
+            f"{len(answers)} streams, {len(resumed)} resumed, {len(gaps)} parted from the undisturbed run (token, gap, resumed at):"
         )
         print("\n".join(str(each) for each in gaps[:20]) or "none", f"\nwritten to {path}")
     assert len(resumed) >= 20

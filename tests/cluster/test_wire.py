@@ -188,7 +188,7 @@ async def test_all_who_dial_a_stopped_process_share_one_attempt():
     whole time-out each; and whoever asks later gets an attempt of his own."""
     async with pair() as (_, _, here, there):
         silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(60), "127.0.0.1", 0)
-        address = "127.0.0.1:%d" % silent.sockets[0].getsockname()[1]
+        address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
         started = asyncio.get_running_loop().time()
         outcomes = await asyncio.gather(*(here.connect(address, 0.3) for _ in range(70)), return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {WorkerLost}
