@@ -52,6 +52,7 @@ class Life:
         self.ended = asyncio.Event()
         self.status: int | None = None
         self.started_at = time.monotonic()
+        self.ended_at = 0.0
         self.is_stopped = False
         self._writer: asyncio.StreamWriter | None = None
         self._calls: dict[int, asyncio.Future[Any]] = {}
@@ -99,6 +100,7 @@ class Life:
 
     def ending(self, status: int) -> None:
         self.status = status
+        self.ended_at = time.monotonic()
         self.ended.set()
         if self._writer is not None:
             self._writer.transport.abort()

@@ -49,19 +49,35 @@ class Stream:
         self.terminal: list[Event] = []
         self.faults: list[str] = []  # what is wrong with it, in words
         self.num_events = 0
+        self.began_at = time.monotonic()
+        self.first_token_at: float | None = None
+        self.longest_silence_s = 0.0
+        self.ended_at = 0.0
+        self._heard_at = self.began_at
         self.epochs: list[tuple[int, int]] = []  # (index, epoch) of each event
 
     def take(self, event: Event) -> None:
         if self.terminal:
             self.faults.append(f"{type(event).__name__} after the terminal event")
         if isinstance(event, Tokens):
+            now = time.monotonic()
             self.num_events += 1
+            if self.first_token_at is None:
+                self.first_token_at = now
+            else:
+                self.longest_silence_s = max(self.longest_silence_s, now - self._heard_at)
+            self._heard_at = now
             mine = self.tokens[event.choice]
             if event.index != len(mine):
                 self.faults.append(f"choice {event.choice}: index {event.index} after {len(mine)} tokens")
             mine += event.token_ids
         elif isinstance(event, (Finished, Failed)):
             self.terminal.append(event)
+            self.ended_at = time.monotonic()
+
+    @property
+    def ttft_s(self) -> float:
+        return (self.first_token_at or float("inf")) - self.began_at
 
     def check(self) -> str:
         """ "" when all is well, else "wrong", "lost" or "failed"; the words are in `faults`."""
@@ -209,15 +225,12 @@ class Load:
         """One stream from door to door; its verdict goes into the counts."""
         stream = self._streams[request.request_id] = Stream(request, leaves_after)
         generation = self.gateway.generate(request)
-        heard_at: float | None = None
         try:
             async for event in generation:
                 now = time.monotonic()
                 stream.take(event)
                 if isinstance(event, Tokens):
-                    if heard_at is not None:
-                        self._longest_silence_s = max(self._longest_silence_s, now - heard_at)
-                    heard_at = now
+                    self._longest_silence_s = max(self._longest_silence_s, stream.longest_silence_s)
                     self._counts["tokens"] += len(event.token_ids)
                     stream.epochs.append((event.index, self.gateway._walks[request.request_id].epoch))
                     if request.request_id in self._open:

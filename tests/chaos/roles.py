@@ -205,7 +205,8 @@ async def worker(spec: dict[str, Any]) -> None:
         assert not running.done(), "the engine loop ended"
         made.check_integrity()
         stats = msgspec.to_builtins(made.stats())
-        counters = {"stale": getattr(getattr(made, "handover", None), "stale", 0)}
+        receivers = made.handover._receivers.values() if role == "decode" else ()
+        counters = {"refused": sum(getattr(receiver, "num_refused", 0) for receiver in receivers)}
         return {**stats, **counters, "used": made.pool.num_used, "is_idle": made.is_idle, "incarnation": incarnation}
 
     async def drain(seconds: float) -> bool:
