@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 MAX_FRAME_BYTES = 64 << 20
 MAX_UNSENT_BYTES = 32 << 20  # a peer that reads slower than this is cut off, so that nobody else waits for it
 MAX_CALLS = 65_536  # calls of one peer that may wait here at once
-HANDSHAKE_TIMEOUT_S = 5.0
 HEARTBEAT_S = 1.0
 HEARTBEAT_MISSES = 3
+HANDSHAKE_TIMEOUT_S = HEARTBEAT_S * HEARTBEAT_MISSES  # a stopped process still accepts; it must not hold us up longer than this
 
 
 class Codec(NamedTuple):
@@ -225,7 +225,7 @@ class SocketNetwork:
         self._handler: Handler = _not_serving
         self._on_lost: Callable[[Peer], None] = lambda peer: None
         self._outgoing: dict[str, Connection] = {}
-        self._dialing: dict[str, asyncio.Lock] = {}
+        self._dialing: dict[str, asyncio.Task[Connection]] = {}
         self._all: set[Connection] = set()
 
     @property
@@ -244,25 +244,39 @@ class SocketNetwork:
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def connect(self, address: str, timeout: float = HANDSHAKE_TIMEOUT_S) -> Peer:
-        async with self._dialing.setdefault(address, asyncio.Lock()):
-            known = self._outgoing.get(address)
-            if known is not None and not known.is_closed:
-                return known
-            try:
-                async with asyncio.timeout(timeout):
-                    connection = await self._dial(address)
-            except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-                why = str(error) or type(error).__name__
-                asyncio.get_running_loop().call_soon(self._forget_address, address)
-                raise WorkerLost(f"{self.name} cannot reach {address}: {why}") from None
-            self._outgoing[address] = connection
-            return connection
+        """The connection to this address, made if there is none. All who ask meanwhile share one attempt and how it ends: one
+        after the other they would each wait for a process that does not answer."""
+        known = self._outgoing.get(address)
+        if known is not None and not known.is_closed:
+            return known
+        dialing = self._dialing.get(address)
+        if dialing is None:
+            dialing = self._dialing[address] = asyncio.create_task(self._reach(address, timeout))
+            dialing.add_done_callback(lambda task: self._reached(address, task))
+        try:
+            return await asyncio.shield(dialing)
+        except WorkerLost as error:
+            raise WorkerLost(error.message) from None  # each his own: a traceback grows with everyone who raises it
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if not dialing.cancelled() or (current is not None and current.cancelling()):
+                raise
+            raise WorkerLost(f"{self.name} is going away") from None
 
-    def _forget_address(self, address: str) -> None:
-        """Addresses of dead processes are not kept: each life of a worker has a new one."""
-        lock = self._dialing.get(address)
-        if lock is not None and not lock.locked():
-            del self._dialing[address]
+    async def _reach(self, address: str, timeout: float) -> Connection:
+        try:
+            async with asyncio.timeout(timeout):
+                connection = await self._dial(address)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+            why = str(error) or type(error).__name__
+            raise WorkerLost(f"{self.name} cannot reach {address}: {why}") from None
+        self._outgoing[address] = connection
+        return connection
+
+    def _reached(self, address: str, task: asyncio.Task[Connection]) -> None:
+        del self._dialing[address]
+        if not task.cancelled():
+            task.exception()  # whoever waited has it
 
     def is_connected(self, address: str) -> bool:
         known = self._outgoing.get(address)
@@ -271,6 +285,8 @@ class SocketNetwork:
     async def close(self) -> None:
         if self._server is not None:
             self._server.close()
+        for dialing in list(self._dialing.values()):
+            dialing.cancel()
         for connection in list(self._all):
             connection.close("this process is going away")
         if self._server is not None:
@@ -291,7 +307,6 @@ class SocketNetwork:
         for address, known in list(self._outgoing.items()):
             if known is connection:
                 del self._outgoing[address]
-                self._dialing.pop(address, None)
         self._on_lost(connection)
 
     async def _dial(self, address: str) -> Connection:

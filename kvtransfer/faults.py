@@ -1,22 +1,19 @@
-"""Faults on purpose, for tests and drills: a lane that spoils what it carries, and a TCP proxy that spoils a stream.
+"""Faults on purpose, for tests and drills: a lane that spoils what it carries.
 
 Nothing in production imports this. The lane goes in through `make_sender(tamper=...)`, after hashing, as a broken
-network or memory would; the proxy stands between a sender and a receiver's port.
+network or memory would. A proxy that spoils TCP streams is in tests/faultproxy.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import random
-import socket
-import threading
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from kvtransfer.outgoing import Lane, Piece, Transfer
-from protocol.kv import KVEndpoint, TcpEndpoint
+from protocol.kv import KVEndpoint
 
 
 class Fault(enum.Enum):
@@ -92,94 +89,3 @@ def _misdirect(data: np.ndarray) -> None:
         data[[0, 1]] = data[[1, 0]]
     else:
         data[:] = np.roll(data, 1, axis=1)
-
-
-class Cut(bytes):
-    """From an edit: pass these bytes on, then end the connection."""
-
-
-class FaultProxy:
-    """A TCP proxy on loopback. edit(connection, is_to_target, offset, data) -> what is passed on (see Cut).
-
-    `connection` counts from 0; `offset` is the place of data[0] in that direction of that connection.
-    """
-
-    def __init__(self, target: TcpEndpoint, edit: Callable[[int, bool, int, bytes], bytes]) -> None:
-        self._target = target
-        self._edit = edit
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._is_closed = False
-        self.endpoint = TcpEndpoint("127.0.0.1", self._listener.getsockname()[1])
-        self._start(self._accept)
-
-    def close(self) -> None:
-        self._is_closed = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(1.0)
-        for sock in [self._listener, *self._sockets]:
-            sock.close()
-
-    def _start(self, run: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=run, args=args, name="fault-proxy", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        connection = 0
-        while not self._is_closed:
-            try:
-                near, _ = self._listener.accept()
-                far = socket.create_connection((self._target.host, self._target.port), 2.0)
-            except OSError:
-                return
-            for sock in (near, far):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(None)
-            self._sockets += [near, far]
-            self._start(self._pump, connection, True, near, far)
-            self._start(self._pump, connection, False, far, near)
-            connection += 1
-
-    def _pump(self, connection: int, is_to_target: bool, source: socket.socket, sink: socket.socket) -> None:
-        offset = 0
-        with contextlib.suppress(OSError):
-            while data := source.recv(1 << 16):
-                edited = self._edit(connection, is_to_target, offset, data)
-                offset += len(data)
-                sink.sendall(edited)
-                if isinstance(edited, Cut):
-                    break
-        for sock in (source, sink):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-
-def flip_at(place: int, bit: int = 0, *, is_to_target: bool = True) -> Callable[[int, bool, int, bytes], bytes]:
-    """An edit that flips one bit of byte `place` of the first connection, in one direction."""
-
-    def edit(connection: int, direction: bool, offset: int, data: bytes) -> bytes:
-        if connection == 0 and direction is is_to_target and offset <= place < offset + len(data):
-            spoilt = bytearray(data)
-            spoilt[place - offset] ^= 1 << bit
-            return bytes(spoilt)
-        return data
-
-    return edit
-
-
-def cut_at(place: int, *, every_connection: bool = False) -> Callable[[int, bool, int, bytes], bytes]:
-    """An edit that passes `place` bytes to the target and then cuts the connection."""
-
-    def edit(connection: int, direction: bool, offset: int, data: bytes) -> bytes:
-        if direction and (every_connection or connection == 0) and offset + len(data) >= place:
-            return Cut(data[: max(0, place - offset)])
-        return data
-
-    return edit

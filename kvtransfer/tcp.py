@@ -92,6 +92,7 @@ class TcpReceiver:
         self.incarnation = incarnation
         self.stall_timeout_s = stall_timeout_s
         self.handshake_timeout_s = handshake_timeout_s
+        self.num_refused = 0  # frames of writers that may not, or may no longer, write there
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._listener = socket.create_server((host, port), family=family, backlog=128)
@@ -274,6 +275,7 @@ class _Connection:
             raise FrameError("an index table is damaged")
         reason = self._store(header, frames.unpack_indexes(table))
         if reason is not None:
+            self._receiver.num_refused += 1  # several threads may count at once and lose one; it is there to be seen, not summed
             self._answer(Kind.NACK, header.key, layer=reason)
 
     def _store(self, header: Header, indexes: Sequence[int]) -> Reason | None:

@@ -183,6 +183,34 @@ async def test_a_silent_peer_is_dead_after_its_heartbeats(monkeypatch):
         assert len(client.lost) == 1
 
 
+async def test_all_who_dial_a_stopped_process_share_one_attempt():
+    """A stopped process accepts and says nothing. Seventy streams that were placed on it once dialled it one after the other, a
+    whole time-out each; and whoever asks later gets an attempt of his own."""
+    async with pair() as (_, _, here, there):
+        silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(60), "127.0.0.1", 0)
+        address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+        started = asyncio.get_running_loop().time()
+        outcomes = await asyncio.gather(*(here.connect(address, 0.3) for _ in range(70)), return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {WorkerLost}
+        assert len({id(outcome) for outcome in outcomes}) == 70
+        assert asyncio.get_running_loop().time() - started < 1.0
+        with pytest.raises(WorkerLost, match="TimeoutError"):
+            await here.connect(address, 0.1)
+        silent.close()
+        peers = await asyncio.gather(*(here.connect(there.address) for _ in range(5)))
+        assert len(set(peers)) == 1
+        assert not here._dialing
+
+
+async def test_a_dial_that_its_caller_gives_up_still_serves_the_others():
+    async with pair() as (_, _, here, there):
+        first = asyncio.create_task(here.connect(there.address))
+        second = asyncio.create_task(here.connect(there.address))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert await (await second).call(AskStatus(), 1.0) == Status(b"{}")
+
+
 async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch):
     monkeypatch.setattr(wire, "MAX_UNSENT_BYTES", 1 << 20)
     async with pair() as (_, _, here, there):

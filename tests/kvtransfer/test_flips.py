@@ -7,8 +7,9 @@ import random
 import pytest
 
 from kvtransfer.digest import verify
-from kvtransfer.faults import Fault, FaultProxy, FaultyLane, cut_at, flip_at
+from kvtransfer.faults import Fault, FaultyLane
 from protocol.errors import TandemError, TransferFailed
+from tests.faultproxy import FaultProxy, cut_at, flip_at
 
 STREAM_NBYTES = 1547  # what one transfer sends to the decode worker: hello, two frames of two runs, a fence
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from kvtransfer import tcp_frames as frames
-from kvtransfer.faults import Cut, FaultProxy
 from kvtransfer.tcp import MAX_PENDING, TcpReceiver
 from kvtransfer.tcp_frames import Kind
 from protocol.errors import ConfigError, HandshakeRefused, TandemError, TransferFailed
 from protocol.kv import KVLayout, TcpEndpoint
+from tests.faultproxy import Cut, FaultProxy
 
 
 class Writer:
