@@ -44,7 +44,7 @@ Handlers = dict[str, Callable[..., Any]]
 
 
 def main(spec: dict[str, Any]) -> None:
-    level = os.environ.get("TANDEM_CHAOS_LOG", "WARNING").upper()
+    level = spec.get("log_level") or os.environ.get("TANDEM_CHAOS_LOG", "WARNING").upper()
     logging.basicConfig(level=level, format=f"%(asctime)s {spec['slot']} %(name)s %(levelname)s %(message)s")
     torch.set_num_threads(1)
     if spec.get("max_fds"):
@@ -97,6 +97,8 @@ def finder(spec: dict[str, Any]) -> Callable[[], Awaitable[str]]:
     path = Path(spec["folder"]) / "scheduler"
 
     async def find() -> str:
+        if spec.get("scheduler_at"):
+            return str(spec["scheduler_at"])
         try:
             return path.read_text()
         except FileNotFoundError:
