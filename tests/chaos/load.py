@@ -246,7 +246,7 @@ class Load:
                     stream.decode = walk.attempt.ticket.decode.incarnation
                     if request.request_id in self._open:
                         self._heard(request.request_id, now)
-                if leaves_after is not None and stream.num_events >= leaves_after:
+                if leaves_after is not None and len(stream.tokens[0]) >= leaves_after:
                     break
         finally:
             await generation.aclose()

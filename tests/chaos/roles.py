@@ -205,7 +205,8 @@ async def worker(spec: dict[str, Any]) -> None:
 
     def check() -> dict[str, Any]:
         assert not running.done(), "the engine loop ended"
-        made.check_integrity()
+        if made.is_idle and made.pool.num_used == made.pool.num_quarantined:  # what a step under way still holds comes back after it
+            made.check_integrity()
         stats = msgspec.to_builtins(made.stats())
         receivers = made.handover._receivers.values() if role == "decode" else ()
         counters = {"refused": sum(getattr(receiver, "num_refused", 0) for receiver in receivers)}

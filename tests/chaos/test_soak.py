@@ -1,9 +1,9 @@
 """Leaks show by count, not by hours: a hundred thousand hand-overs, a tenth of them left halfway; everything is as at the start.
 
-Memory: what is remembered of requests that are over (their last epoch, that they were cancelled) is bounded by number or by time, and
-in production takes some 28 MB to fill at the scheduler: 65,536 requests. Python doubles a full table once more before it is level,
-which looks like growth until about the 90,000th request. So these bounds are made small here, all tables are full after the first
-tenth of the run, and what grows then is a leak.
+Memory: what is remembered of requests that are over (their last epoch, that they were cancelled) is bounded by number or by time.
+At the scheduler that is 65,536 requests, some 28 MB, and Python doubles such a table once more before it is level, which looks like
+growth until about the 90,000th request. So these bounds are made small here: all tables are full after the first tenth of the run,
+and what grows then is a leak.
 """
 
 from __future__ import annotations
