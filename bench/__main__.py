@@ -8,13 +8,13 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import http, startup
+from bench import http, kv, startup
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="name", required=True)
-    for name, module in (("startup", startup), ("http", http)):
+    for name, module in (("startup", startup), ("http", http), ("kv", kv)):
         assert module.__doc__ is not None
         command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
         command.add_argument("--json", type=Path, help="write every sample here")

@@ -6,6 +6,7 @@ The worker itself never hears of the scheduler. Called by `deployments.py` and `
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
@@ -58,6 +59,7 @@ class Agent:
         self._canary = canary
         self._process = psutil.Process()
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_due = asyncio.Event()
 
     async def start(self) -> None:
         await self._register()
@@ -67,6 +69,10 @@ class Agent:
         for task in self._tasks:
             task.cancel()
 
+    def beat_now(self) -> None:
+        """Something changed that nobody should learn a period later: that this worker drains, say."""
+        self._is_due.set()
+
     async def _register(self) -> None:
         peer = await self._network.connect(await self._find_scheduler())
         await peer.call(self.info, CALL_TIMEOUT_S)
@@ -74,22 +80,24 @@ class Agent:
     async def _beat(self) -> None:
         """One heartbeat per period, whatever happens; an unknown incarnation (a new scheduler) registers again."""
         while True:
+            self._is_due.clear()
             try:
-                peer = await self._network.connect(await self._find_scheduler())
-                await peer.call(self._message(), CALL_TIMEOUT_S)
-            except NotFound:
-                await self._try_to_register()
+                await self._say_so()
             except (TandemError, OSError) as error:
                 log.info("heartbeat: %s", error)
             except Exception:  # a worker that stops beating would leave the cluster for good
                 log.exception("a heartbeat of %s failed", self.info.name)
-            await asyncio.sleep(self._heartbeat_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._is_due.wait()
 
-    async def _try_to_register(self) -> None:
+    async def _say_so(self) -> None:
+        peer = await self._network.connect(await self._find_scheduler())
         try:
-            await self._register()
-        except (TandemError, OSError) as error:
-            log.info("registration: %s", error)
+            await peer.call(self._message(), CALL_TIMEOUT_S)
+        except NotFound:
+            await peer.call(self.info, CALL_TIMEOUT_S)
+            await peer.call(self._message(), CALL_TIMEOUT_S)  # what runs here counts at once, and no draining worker gets work
 
     def _message(self) -> WorkerBeat:
         stats = msgspec.structs.replace(self.worker.stats(), rss_bytes=self._process.memory_info().rss)
@@ -111,6 +119,11 @@ class Agent:
 def new_incarnation(role: str, index: int) -> str:
     """The name of one life of a worker; its identity, which no successor at the same address ever has."""
     return f"{role}-{index}-{secrets.token_hex(6)}"
+
+
+def new_gateway_id(index: int) -> str:
+    """Two lives of one gateway may overlap during an update, and the scheduler keeps what each of them holds apart."""
+    return f"gateway:{index}:{secrets.token_hex(4)}"
 
 
 async def tell_phase(network: Network, scheduler: str, phase: WorkerPhase) -> None:

@@ -2,8 +2,9 @@
 
 args: {"config": {section: {key: value}}, "secret": "..."}. Secrets may stay out of the file: without them the environment's
 TANDEM_CLUSTER_SECRET and TANDEM_GATEWAY_API_KEY are taken.
-Each role is a deployment whose replicas ask for one unit of a resource of ours (`tandem_prefill`, `tandem_decode`), and for no CPU:
-Serve's default of one CPU per replica would leave half of the workers of a laptop waiting for ever.
+Each role is a deployment; each rank of its replicas asks for one unit of a resource of ours (`tandem_prefill`,
+`tandem_decode`), and for no CPU: Serve's default of one CPU per replica would leave half of the workers of a laptop waiting
+for ever.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import os
 from typing import Any
 
 import msgspec
+import ray
 from ray import serve
 from ray.serve import Application
 
-from cluster.deployments import DRAIN_S, GatewayReplica, WorkerReplica
+from cluster.deployments import GatewayReplica, WorkerReplica
 from configs.schema import Config, check
+from models.config import read_config
+from models.locate import locate
 from protocol.errors import ConfigError
 
+GOING_S = 10.0  # what a replica may take to go, beside its drain
 ROLE_RESOURCES = {"prefill": "tandem_prefill", "decode": "tandem_decode"}
 
 
@@ -39,11 +44,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(config: Config, secret: bytes) -> Application:
     config_json = msgspec.json.encode(config)
-    pools = [
-        _worker_deployment(role, replicas).bind(role, config_json, secret)
-        for role, replicas in (("decode", config.decode.replicas), ("prefill", config.prefill.replicas))
-        if replicas > 0
-    ]
+    pools = [_workers(role, config).bind(role, config_json, secret, _rank_options(role, config)) for role in config.roles]
     gateway = serve.deployment(
         GatewayReplica,
         name="Gateway",
@@ -52,20 +53,62 @@ def application(config: Config, secret: bytes) -> Application:
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=2,
         health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=DRAIN_S + 10,
+        graceful_shutdown_timeout_s=config.scheduler.drain_s + GOING_S,
     )
     return gateway.bind(config_json, secret, *pools)
 
 
-def _worker_deployment(role: str, replicas: int) -> Any:
+def _workers(role: str, config: Config) -> Any:
+    """One deployment per role. A worker of several ranks has a placement group: a bundle for each stage, which holds the stage's
+    tensor ranks on one node; the first one also holds the replica itself, which is rank 0."""
+    parallel, options = config.parallel(role), _rank_options(role, config)
+    group: dict[str, Any] = {}
+    if parallel.num_ranks > 1:
+        stage = {name: number * parallel.tp_size for name, number in _resources(options).items()}
+        group = {"placement_group_bundles": [stage] * parallel.pp_size, "placement_group_strategy": "PACK"}
     return serve.deployment(
         WorkerReplica,
         name=role.capitalize(),
-        num_replicas=replicas,
+        num_replicas=config.decode.replicas if role == "decode" else config.prefill.replicas,
         max_ongoing_requests=1000,
         max_constructor_retry_count=5,
-        ray_actor_options={"num_cpus": 0, "resources": {ROLE_RESOURCES[role]: 1}},
+        ray_actor_options=options,
         health_check_period_s=1,
         health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=DRAIN_S + 10,
+        graceful_shutdown_timeout_s=config.scheduler.drain_s + GOING_S,
+        **group,
     )
+
+
+def _rank_options(role: str, config: Config) -> dict[str, Any]:
+    """What Ray is asked for each rank, the leader included. A GPU only where there are groups, whose ranks must have one each: Ray
+    then shows every rank its own. Without groups, workers may share one."""
+    options: dict[str, Any] = {"num_cpus": 0, "resources": {ROLE_RESOURCES[role]: 1}}
+    if config.num_ranks > config.num_workers and _computes_on_gpus(config):
+        options["num_gpus"] = 1
+    return options
+
+
+def _computes_on_gpus(config: Config) -> bool:
+    """Whether workers will find a GPU where Ray starts them; the process that builds the application may have none."""
+    if config.model.device != "auto":
+        return config.model.device == "cuda"
+    has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
+    return has_gpus and read_config(locate(config.model.name, config.model.revision)).family != "toy"
+
+
+def check_gpus(config: Config) -> None:
+    """On one machine: raises ConfigError when groups want more GPUs than there are; Ray would let them wait for ever."""
+    options = _rank_options("decode", config)
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if "num_gpus" in options and config.num_ranks > there:
+        raise ConfigError(
+            f"{config.num_ranks} ranks need a GPU each, and here are {there}; use smaller --prefill-tp, --prefill-pp, --decode-tp, "
+            "--decode-pp, fewer workers, or --device cpu",
+            param="decode.tp",
+        )
+
+
+def _resources(options: dict[str, Any]) -> dict[str, float]:
+    gpus = {"GPU": options["num_gpus"]} if "num_gpus" in options else {}
+    return {**options["resources"], **gpus}

@@ -9,132 +9,267 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
+
+from torch.distributed import PrefixStore, Store, TCPStore
 
 import decode.worker
 import prefill.worker
-from cluster.preflight import DEFAULT_BLOCK_SIZE, cpu_kv_bytes, max_model_len
+from cluster.preflight import DEFAULT_BLOCK_SIZE, cpu_kv_bytes, max_model_len, runs_on_cpu
 from configs.schema import Config
 from decode.worker import DecodeWorker
 from engine.batch import Chunk
 from engine.blocks import BlockPool
+from engine.follower import Follower
+from engine.group import Group
+from engine.host_tier import HostTier
 from engine.memory import num_blocks_on_cpu, num_blocks_on_gpu
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
-from kvtransfer.link import make_receivers, make_sender
+from kvtransfer.group import Connector, RankTransfers
+from kvtransfer.layout import Place, rank_layout
+from kvtransfer.link import make_receivers, usable
 from kvtransfer.pool import KVPool
 from kvtransfer.process import boot_id, start_ticks
-from kvtransfer.transport import Sender
-from models.load import LoadedModel, LoadProgress, load_model
+from kvtransfer.receiving import GroupReceivers, RankCaller, RankReceivers
+from models.config import read_config
+from models.interface import Shard
+from models.load import LoadedModel, LoadProgress, choose_device, load_model
+from models.locate import locate
 from prefill.worker import PrefillWorker
-from protocol.kv import KVEndpoint, KVLayout
+from protocol.kv import KVEndpoint, KVLayout, ProcessRef
 from protocol.messages import WorkerInfo
 from protocol.network import Clock, Network
+from protocol.rank import RankMessage
 from protocol.request import Request, SamplingParams
 
+WHOLE = Shard()
+GROUP_TIMEOUT_S = 60.0  # the longest that a rank waits for another one, in a step or for one
+JOIN_TIMEOUT_S = 300.0  # for the slowest rank to come
 _T = TypeVar("_T")
 Compute = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class Engine(NamedTuple):
-    """One model with a pool of its own; either role is built around one."""
+    """One model with a pool of its own; either role is built around one. In a group: the leader's own part of it."""
 
     loaded: LoadedModel
-    layout: KVLayout
+    layout: KVLayout  # of the whole model, whatever the rank
     kv: KVPool
     pool: BlockPool
     runner: ModelRunner
     max_model_len: int
 
 
-def load(config: Config, progress: Callable[[LoadProgress], None] | None = None) -> LoadedModel:
+def load(
+    config: Config, progress: Callable[[LoadProgress], None] | None = None, shard: Shard = WHOLE, group: Group | None = None
+) -> LoadedModel:
+    """The model, or one rank's part of it."""
     model = config.model
-    return load_model(model.name, model.dtype, model.device, progress, model.revision or None)
+    return load_model(model.name, model.dtype, model.device, progress, model.revision or None, shard=shard, ranks=group)
 
 
-def build_engine(config: Config, loaded: LoadedModel, num_threads: int | None, num_sharers: int = 1) -> Engine:
-    """The pool and the runner of one worker. num_sharers: workers on this host that share its memory."""
-    model = config.model
+def whole_layout(config: Config, loaded: LoadedModel) -> KVLayout:
     device = str(loaded.device).split(":")[0]
-    layout = loaded.kv_layout(model.block_size or DEFAULT_BLOCK_SIZE[device])
+    return loaded.kv_layout(config.model.block_size or DEFAULT_BLOCK_SIZE[device])
+
+
+def num_blocks(config: Config, role: str, loaded: LoadedModel) -> int:
+    """For how many KV blocks this rank has room. Raises ConfigError."""
+    if config.model.num_blocks_override:
+        return config.model.num_blocks_override
+    own = rank_layout(whole_layout(config, loaded), loaded.shard.parallel, loaded.shard.rank)
     max_len = max_model_len(config, loaded.config)
-    num_blocks = model.num_blocks_override or _num_blocks(config, loaded, layout, max_len, num_sharers)
-    kv = KVPool(layout, num_blocks, str(loaded.device))
-    runner = ModelRunner(loaded, kv.tensor, layout, num_threads)
-    return Engine(loaded, layout, kv, BlockPool(num_blocks, layout.block_size, model.enable_prefix_caching), runner, max_len)
-
-
-def _num_blocks(config: Config, loaded: LoadedModel, layout: KVLayout, max_len: int, num_sharers: int) -> int:
     if loaded.device.type == "cuda":
-        return num_blocks_on_gpu(layout, config.model.gpu_memory_utilization, max_len, loaded.device)
-    return num_blocks_on_cpu(layout, cpu_kv_bytes(config, num_sharers), max_len)
+        return num_blocks_on_gpu(own, config.model.gpu_memory_utilization, max_len, loaded.device)
+    return num_blocks_on_cpu(own, cpu_kv_bytes(config, role), max_len)
 
 
-def build_decode(
-    config: Config,
-    engine: Engine,
-    incarnation: str,
-    network: Network,
-    clock: Clock,
-    compute: Compute,
-    verify_compute: Compute,
-    secret: bytes,
-    transports: tuple[str, ...],
-) -> DecodeWorker:
+def build_engine(
+    config: Config, loaded: LoadedModel, num_blocks: int, num_threads: int | None, group: Group | None = None
+) -> Engine:
+    """The pool and the runner of one rank."""
+    layout = whole_layout(config, loaded)
+    kv = KVPool(rank_layout(layout, loaded.shard.parallel, loaded.shard.rank), num_blocks, str(loaded.device))
+    runner = ModelRunner(loaded, kv.tensor, layout, num_threads, group=group)
+    tier = HostTier(kv, config.model.host_cache_bytes) if config.model.host_cache_bytes else None
+    pool = BlockPool(num_blocks, layout.block_size, config.model.enable_prefix_caching, tier)
+    return Engine(loaded, layout, kv, pool, runner, max_model_len(config, loaded.config))
+
+
+def num_threads(config: Config, role: str) -> int:
+    """CPU threads of one rank: asked for, or its share of this host's cores."""
+    asked = config.decode.num_threads if role == "decode" else config.prefill.num_threads
+    return asked or max(1, len(os.sched_getaffinity(0)) // config.num_ranks)
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+
+
+def open_store(host: str) -> tuple[TCPStore, int]:
+    """The leader's store, on a socket that we bind: torch's own would listen on every interface. -> store, port."""
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    return store, port
+
+
+def join_store(host: str, port: int) -> TCPStore:
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=JOIN_TIMEOUT_S))
+
+
+def join_group(config: Config, store: Store, group_id: str, shard: Shard) -> Group:
+    """Collective: returns when every rank has called it. Raises GroupBroken."""
+    on_cpu = runs_on_cpu(config, read_config(locate(config.model.name, config.model.revision)))
+    return Group(
+        PrefixStore(group_id, store),
+        shard.rank,
+        shard.parallel,
+        timeout_s=GROUP_TIMEOUT_S,
+        join_timeout_s=JOIN_TIMEOUT_S,
+        hostname=config.transfer.bind_host,
+        device="cpu" if on_cpu else choose_device(config.model.device),
+    )
+
+
+async def idle_steps(runner: ModelRunner, compute: Compute) -> None:
+    """For ever, a step of nothing every so often: the other ranks' wait for the next step stays below its deadline."""
+    while True:
+        await asyncio.sleep(GROUP_TIMEOUT_S / 3)
+        await compute(runner.idle)
+
+
+class Others(NamedTuple):
+    """The other ranks of a leader's group, by rank."""
+
+    callers: Mapping[int, RankCaller] = {}
+    endpoints: Mapping[int, Mapping[str, KVEndpoint]] = {}  # of their receivers, by transport name
+    processes: tuple[ProcessRef, ...] = ()  # empty: all in this one
+
+
+NO_OTHERS = Others()
+
+
+class RankPart:
+    """What a rank that is not the leader has beside its connection: an engine that follows, and its share of the KV traffic.
+
+    tell: sends to the leader.
+    """
+
+    def __init__(self, role: str, parts: Parts, transports: tuple[str, ...], tell: Callable[[RankMessage], None]) -> None:
+        self.engine = parts.engine
+        self.receivers = rank_receivers(parts, transports) if role == "decode" else None
+        connector = (
+            None if role == "decode" else Connector(parts.engine.kv, parts.secret, parts.incarnation, place_of(parts.engine))
+        )
+        self._transfers = RankTransfers(connector, self.receivers, tell)
+        self.follower = Follower(parts.engine.runner, self._on_layer)
+
+    def endpoints(self) -> dict[str, KVEndpoint]:
+        return self.receivers.endpoints() if self.receivers is not None else {}
+
+    async def handle(self, message: RankMessage) -> RankMessage | None:
+        return await self._transfers.handle(message)
+
+    def close(self) -> None:
+        self._transfers.close()
+        self.engine.kv.close()
+
+    def _on_layer(self, pushes: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]) -> Callable[[int], None]:
+        """The step's hook in the engine's thread: after each layer, hand this rank's part of finished blocks to its senders."""
+
+        def push(layer: int) -> None:
+            for grant_id, pairs in pushes:
+                self._transfers.push(grant_id, layer, pairs)
+
+        return push
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """What a worker, or a rank of one, is made of."""
+
+    config: Config
+    engine: Engine
+    incarnation: str
+    network: Network | None  # None: a rank that is not the leader
+    clock: Clock
+    compute: Compute
+    verify_compute: Compute
+    secret: bytes
+
+
+def place_of(engine: Engine) -> Place:
+    return Place(engine.layout, engine.loaded.shard.parallel, engine.loaded.shard.rank)
+
+
+def rank_receivers(parts: Parts, transports: tuple[str, ...]) -> RankReceivers:
+    kv, host = parts.engine.kv, parts.config.transfer.bind_host
+    place = place_of(parts.engine)
+    receivers = make_receivers(kv, usable(transports, kv), parts.secret, host, incarnation=parts.incarnation, place=place)
+    return RankReceivers(kv, receivers, parts.verify_compute, place)
+
+
+def build_worker(role: str, parts: Parts, others: Others, transports: tuple[str, ...]) -> DecodeWorker | PrefillWorker:
+    return build_decode(parts, others, transports) if role == "decode" else build_prefill(parts, others, transports)
+
+
+def build_decode(parts: Parts, others: Others, transports: tuple[str, ...]) -> DecodeWorker:
+    config, engine = parts.config, parts.engine
     settings = decode.worker.Settings(
-        incarnation=incarnation,
+        incarnation=parts.incarnation,
         layout=engine.layout,
         max_model_len=engine.max_model_len,
         max_num_seqs=config.decode.max_num_seqs,
         max_num_batched_tokens=config.decode.max_num_batched_tokens,
         enable_chunked_prefill=config.decode.enable_chunked_prefill,
     )
-    receivers = make_receivers(engine.kv, transports, secret, config.transfer.bind_host, incarnation=incarnation)
-    return DecodeWorker(settings, engine.runner, engine.pool, engine.kv, receivers, network, clock, compute, verify_compute, secret)
+    theirs = {rank: (caller, others.endpoints[rank]) for rank, caller in others.callers.items()}
+    receivers = GroupReceivers(rank_receivers(parts, transports), theirs)
+    assert parts.network is not None
+    return DecodeWorker(settings, engine.runner, engine.pool, receivers, parts.network, parts.clock, parts.compute, parts.secret)
 
 
-def build_prefill(
-    config: Config,
-    engine: Engine,
-    incarnation: str,
-    network: Network,
-    clock: Clock,
-    compute: Compute,
-    secret: bytes,
-    transports: tuple[str, ...],
-) -> PrefillWorker:
+def build_prefill(parts: Parts, others: Others, transports: tuple[str, ...]) -> PrefillWorker:
+    config, engine = parts.config, parts.engine
     settings = prefill.worker.Settings(
-        incarnation=incarnation,
+        incarnation=parts.incarnation,
         layout=engine.layout,
         max_model_len=engine.max_model_len,
-        transports=transports,
+        transports=usable(transports, engine.kv),
         boot_id=boot_id(),
         pid=os.getpid(),
         start_ticks=start_ticks(),
+        parallel=engine.loaded.shard.parallel,
+        ranks=(ProcessRef(boot_id(), os.getpid(), start_ticks()), *others.processes),
         max_num_seqs=config.prefill.max_num_seqs,
         max_num_batched_tokens=config.prefill.max_num_batched_tokens,
         transfer_timeout_s=config.transfer.timeout_s,
     )
-
-    def sender(endpoint: KVEndpoint, peer_incarnation: str) -> Sender:
-        return make_sender(endpoint, engine.kv, secret, incarnation=incarnation, peer_incarnation=peer_incarnation)
-
-    return PrefillWorker(settings, engine.runner, engine.pool, sender, network, clock, compute, secret)
+    connector = Connector(engine.kv, parts.secret, parts.incarnation, place_of(engine), others.callers)
+    assert parts.network is not None
+    return PrefillWorker(settings, engine.runner, engine.pool, connector, parts.network, parts.clock, parts.compute, parts.secret)
 
 
 def transports_of(config: Config) -> tuple[str, ...]:
-    """In order of preference."""
+    """In order of preference; what the pool's memory is not for is left out later (`usable`)."""
     name = config.transfer.transport
-    return ("shm", "tcp") if name == "auto" else (name,)
+    return ("cuda_ipc", "nccl", "shm", "tcp") if name == "auto" else (name,)
 
 
-def worker_info(role: str, name: str, incarnation: str, config: Config, engine: Engine, network: Network) -> WorkerInfo:
+def worker_info(role: str, name: str, parts: Parts, others: Others) -> WorkerInfo:
+    config, engine = parts.config, parts.engine
+    assert parts.network is not None
+    pids = [process.pid for process in others.processes] or [os.getpid()] * len(others.callers)
     return WorkerInfo(
-        incarnation=incarnation,
+        incarnation=parts.incarnation,
         role=role,
         name=name,
-        address=network.address,
+        address=parts.network.address,
         model=served_name(config),
         layout=engine.layout,
         num_blocks=engine.pool.num_blocks,
@@ -143,6 +278,8 @@ def worker_info(role: str, name: str, incarnation: str, config: Config, engine: 
         pid=os.getpid(),
         host=socket.gethostname(),
         device=str(engine.loaded.device),
+        parallel=engine.loaded.shard.parallel,
+        rank_pids=(os.getpid(), *pids),
     )
 
 

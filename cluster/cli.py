@@ -19,7 +19,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any, NoReturn
 
-from configs.flags import FLAGS, Flag
+from configs.flags import ELSEWHERE, FLAGS, Flag
 from configs.load import Resolved, load, presets
 from protocol.errors import ConfigError, TandemError
 
@@ -147,6 +147,8 @@ def _add_option(group: Any, flag: Flag) -> None:
 
 def _unknown_option(given: str, command: str | None) -> ConfigError:
     name = given.split("=")[0]
+    if name in ELSEWHERE:
+        return ConfigError(f"{name}: {ELSEWHERE[name]}", param=name)
     known = [flag.flag for flag in FLAGS] + [flag.negative for flag in FLAGS if flag.negative]
     known += ["--preset", "--config", "--set", "--json", "--help"]
     nearest = difflib.get_close_matches(name, known, 1, 0.6)

@@ -40,7 +40,7 @@ def lines(url: str, healthy: bool, reason: str, data: dict[str, Any]) -> list[st
 def _workers(status: dict[str, Any]) -> list[str]:
     workers = status.get("workers", ())
     rows: list[tuple[str, ...]] = [
-        ("worker", "state", "running", "waiting", "KV blocks in use", "prefix kept", "last token", "heartbeat", "pid")
+        ("worker", "tp x pp", "state", "running", "waiting", "KV blocks in use", "prefix kept", "last token", "heartbeat", "pids")
     ]
     for worker in workers:
         stats, beat = worker.get("stats") or {}, f"{worker['beat_age_s']:.1f} s ago"
@@ -55,7 +55,8 @@ def _workers(status: dict[str, Any]) -> list[str]:
             )
         else:
             now = ("-",) * 5  # what a dead worker said last is not true any more
-        rows.append((worker["name"], worker["state"], *now, beat, str(worker["pid"])))
+        group, pids = f"{worker['tp']} x {worker['pp']}", " ".join(map(str, worker["rank_pids"]))
+        rows.append((worker["name"], group, worker["state"], *now, beat, pids))
     return (_table(rows) if workers else ["no worker has registered yet"]) + _starting(status)
 
 

@@ -26,6 +26,7 @@ from cluster.walk import Attempt, Detokenizer, PeerLost, Walk
 from engine.hashing import block_hashes
 from protocol.errors import (
     DeadlineExceeded,
+    Draining,
     HandshakeRefused,
     InternalError,
     ReservationRefused,
@@ -58,6 +59,7 @@ from protocol.ticket import Grant, Ticket
 log = logging.getLogger(__name__)
 
 CALL_TIMEOUT_S = 5.0
+ASK_AGAIN_S = 15.0  # an answer of the scheduler may be lost for ever; who waits in its queue keeps its place when asked again
 BEAT_S = 1.0
 MAX_ATTEMPTS = 12  # of one request; each names another worker where there is one
 HASH_BLOCK_LEN = 64  # tokens; the cluster-wide unit of the scheduler's prefix index
@@ -262,7 +264,7 @@ class Gateway:
         if not isinstance(error, RETRYABLE) or walk.num_attempts >= MAX_ATTEMPTS:
             raise error
         log.info("request %s, epoch %d: %s; trying again", walk.request.request_id, walk.epoch, error.message)
-        if isinstance(error, ReservationRefused):
+        if isinstance(error, ReservationRefused) and not isinstance(error, Draining):
             await asyncio.sleep(0.02 * walk.num_attempts)
 
     def _leave(self, walk: Walk, failure: TandemError | None) -> None:
@@ -319,11 +321,15 @@ class Gateway:
     async def _ask_scheduler(self, message: Message, timeout: float) -> Message:
         """A call that outlives the scheduler: when it dies, its successor is asked the same."""
         lost_at: float | None = None
+        deadline = self._clock() + timeout
         while True:
             try:
                 peer = await self._scheduler()
                 lost_at = None  # it is there; a wait in its queue may be long
-                return await peer.call(message, timeout)
+                async with asyncio.timeout(ASK_AGAIN_S):
+                    return await peer.call(message, max(0.0, deadline - self._clock()))
+            except TimeoutError:
+                log.info("no answer to %s for %g s; asking again", type(message).__name__, ASK_AGAIN_S)
             except WorkerLost as error:
                 self._scheduler_address = None
                 lost_at = self._clock() if lost_at is None else lost_at

@@ -120,12 +120,17 @@ def _banner(resolved: Resolved) -> None:
     if model.name == "toy":
         print("        a hash function in the shape of a model: its text means nothing, and any wrong byte of KV changes it")
     print(
-        f"        {config.prefill.replicas} prefill + {config.decode.replicas} decode, device {model.device}, "
+        f"        {_pool_size(config, 'prefill')} + {_pool_size(config, 'decode')}, device {model.device}, "
         f"KV over {config.transfer.transport}, cores {len(os.sched_getaffinity(0))}"
     )
     for note in resolved.notes:
         print(f"        note: {note}")
     sys.stdout.flush()
+
+
+def _pool_size(config: Config, role: str) -> str:
+    replicas, parallel = config.get(f"{role}.replicas"), config.parallel(role)
+    return f"{replicas} {role}" + (f" of {parallel} ranks" if replicas and parallel.num_ranks > 1 else "")
 
 
 @contextlib.contextmanager
@@ -231,9 +236,10 @@ def _deploy(config: Any, secret: bytes, line: Line) -> Any:
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    from cluster.app import application
+    from cluster.app import application, check_gpus
     from cluster.deployments import scheduler_actor
 
+    check_gpus(config)
     actor = scheduler_actor(msgspec.json.encode(config), secret)
     serve.start(
         proxy_location="HeadOnly",

@@ -20,6 +20,7 @@ from cluster import assembly
 from cluster.agent import Agent, new_incarnation
 from cluster.door import limits_of
 from cluster.gateway import Gateway
+from cluster.local_group import LocalGroup
 from cluster.loopback import Hub
 from cluster.metrics import ClusterMetrics
 from cluster.preflight import max_model_len
@@ -58,7 +59,9 @@ class LocalCluster:
         self._hub = Hub(encoded)
         self._secret = secrets.token_bytes(32)
         self._agents: list[Agent] = []
+        self.groups: list[LocalGroup] = []  # of workers with several ranks
         self._loops: list[asyncio.Task[None]] = []
+        self._idling: list[asyncio.Task[None]] = []
         self.gateway: Gateway
         self.service: SchedulerService
 
@@ -70,55 +73,65 @@ class LocalCluster:
         return Detokenizer.for_request(self.tokenizer, request)
 
     async def start(self) -> None:
-        clock = asyncio.get_running_loop().time
-        network = self._hub.network("scheduler")
-        metrics = ClusterMetrics(assembly.served_name(self.config))
-        scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
-        self.service = SchedulerService(scheduler, network, clock, metrics)
-        await self.service.start()
-
-        async def find_scheduler() -> str:
-            return network.address
-
+        await self._start_scheduler()
         roles = [("decode", i) for i in range(self.config.decode.replicas)]
         roles += [("prefill", i) for i in range(self.config.prefill.replicas)]
         for role, index in roles:
-            await self._start_worker(role, index, len(roles), find_scheduler)
+            await self._start_worker(role, index)
         self.gateway = Gateway(
             "gateway-0",
             self._hub.network("gateway"),
-            find_scheduler,
+            self._find_scheduler,
             self.detokenizer,
-            clock,
+            asyncio.get_running_loop().time,
             limits_of(self.config),
             self.config.model.seed,
         )
         await self.gateway.start()
 
-    async def _start_worker(self, role: str, index: int, num_workers: int, find_scheduler) -> None:
+    async def _start_worker(self, role: str, index: int) -> None:
         clock = asyncio.get_running_loop().time
-        threads = self.config.decode.num_threads if role == "decode" else self.config.prefill.num_threads
-        engine = assembly.build_engine(self.config, self.loaded, threads or None, num_workers)
+        compute = assembly.inline()
         network = self._hub.network(f"{role}-{index}")
         incarnation = new_incarnation(role, index)
-        compute = assembly.inline()
-        worker: DecodeWorker | PrefillWorker
-        if role == "decode":
-            worker = assembly.build_decode(
-                self.config, engine, incarnation, network, clock, compute, compute, self._secret, self.transports
-            )
+        others, group = assembly.NO_OTHERS, None
+        if self.config.parallel(role).num_ranks > 1:
+            group = LocalGroup(role, self.config, incarnation, clock, compute, self._secret, self.transports)
+            engine, others = group.engine, group.others
+            self.groups.append(group)
+            self._idling.append(asyncio.create_task(assembly.idle_steps(engine.runner, compute)))
         else:
-            worker = assembly.build_prefill(
-                self.config, engine, incarnation, network, clock, compute, self._secret, self.transports
-            )
+            threads = self.config.decode.num_threads if role == "decode" else self.config.prefill.num_threads
+            num_blocks = assembly.num_blocks(self.config, role, self.loaded)
+            engine = assembly.build_engine(self.config, self.loaded, num_blocks, threads or None)
+        parts = assembly.Parts(self.config, engine, incarnation, network, clock, compute, compute, self._secret)
+        worker = assembly.build_worker(role, parts, others, self.transports)
+        if group is not None and isinstance(worker, PrefillWorker):
+            group.tell = worker.handover.rank_landed
         await worker.start()
-        info = assembly.worker_info(role, f"{role}:{index}", incarnation, self.config, engine, network)
-        agent = Agent(worker, info, network, find_scheduler, self.config.scheduler.heartbeat_s)
+        info = assembly.worker_info(role, f"{role}:{index}", parts, others)
+        agent = Agent(worker, info, network, self._find_scheduler, self.config.scheduler.heartbeat_s)
         await agent.start()
         self.workers.append(worker)
         self.engines.append(engine)
         self._agents.append(agent)
         self._loops.append(asyncio.create_task(worker.run()))
+
+    async def _start_scheduler(self) -> None:
+        network = self._hub.network("scheduler")
+        metrics = ClusterMetrics(assembly.served_name(self.config))
+        scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
+        self.service = SchedulerService(scheduler, network, asyncio.get_running_loop().time, metrics)
+        await self.service.start()
+        self._scheduler_address = network.address
+
+    async def _find_scheduler(self) -> str:
+        return self._scheduler_address
+
+    async def replace_scheduler(self) -> None:
+        """As if its process had died and Ray had started another one: nothing of what it knew survives."""
+        await self.service.close()
+        await self._start_scheduler()
 
     def status_rows(self) -> list[dict[str, Any]]:
         """What the scheduler knows of each of `workers`, in their order."""
@@ -137,10 +150,12 @@ class LocalCluster:
     async def close(self) -> None:
         for agent in self._agents:
             await agent.close()
-        for task in self._loops:
+        for task in (*self._loops, *self._idling):
             task.cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+        await asyncio.gather(*self._loops, *self._idling, return_exceptions=True)
         await self.gateway.close()
         await self.service.close()
+        for group in self.groups:
+            group.close()
         for engine in self.engines:
             engine.kv.close()

@@ -98,6 +98,16 @@ WORKER_SERIES = (
         "counter",
         "decode",
     ),
+    Series("tandem_host_tier_bytes", "Evicted prefix KV that is kept in host memory.", "host_tier_bytes", "gauge"),
+    Series("tandem_host_tier_stored_blocks", "KV blocks copied to host memory when evicted.", "host_tier_stored", "counter"),
+    Series("tandem_host_tier_restored_blocks", "KV blocks that came back from host memory.", "host_tier_restored", "counter"),
+    Series("tandem_host_tier_evicted_blocks", "KV blocks that host memory had no more room for.", "host_tier_evicted", "counter"),
+    Series(
+        "tandem_host_tier_digest_failures",
+        "KV blocks that came back from host memory changed; none of them was read.",
+        "host_tier_digest_failures",
+        "counter",
+    ),
 )
 
 
@@ -205,6 +215,13 @@ class _StatusCollector:
         yield self._family("gauge", "vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", labels, usage)
         info = [((*_who(w), str(w["block_size"]), str(w["num_blocks"])), 1.0) for w in alive]
         yield self._family("gauge", "vllm:cache_config_info", "KV pool.", (*labels, "block_size", "num_gpu_blocks"), info)
+        ranks = [
+            ((*_who(w), str(rank), str(w["tp"]), str(w["pp"]), str(pid)), 1.0)
+            for w in alive
+            for rank, pid in enumerate(w["rank_pids"])
+        ]
+        sizes = ("rank", "tensor_parallel_size", "pipeline_parallel_size", "pid")
+        yield self._family("gauge", "tandem_worker_rank_info", "One row per process of a worker.", (*labels, *sizes), ranks)
 
     def _scheduler(self, alive: list[dict[str, Any]]) -> Iterator[Metric]:
         status = self.status

@@ -13,9 +13,11 @@ import psutil
 from api.tokenizer import Tokenizer
 from configs.schema import Config
 from engine.memory import num_blocks_on_cpu
+from kvtransfer.layout import rank_layout
 from models.checkpoint import read_header, weight_files
 from models.config import ModelConfig, read_config
 from models.locate import BUILT_IN, locate
+from models.split import check as check_split
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
 
@@ -39,8 +41,9 @@ def examine(config: Config) -> None:
     if model.family != "toy":
         for path in weight_files(folder):
             read_header(path)
+    _check_groups(config, model)
     if runs_on_cpu(config, model):
-        _check_cpu_pool(config, model, max_len)
+        _check_cpu_pool(config, _layout(config, model), max_len)
 
 
 def max_model_len(config: Config, model: ModelConfig) -> int:
@@ -64,10 +67,13 @@ def max_model_len(config: Config, model: ModelConfig) -> int:
     return max_len
 
 
-def cpu_kv_bytes(config: Config, num_sharers: int) -> int:
-    """The KV pool of one of `num_sharers` workers that share this host's memory."""
-    share = psutil.virtual_memory().available * CPU_KV_SHARE / num_sharers
-    return config.model.kv_cache_bytes or int(min(max(share, MIN_CPU_KV_BYTES), MAX_CPU_KV_BYTES))
+def cpu_kv_bytes(config: Config, role: str) -> int:
+    """The KV pool of one rank of a worker of this role: all ranks of all workers share this host's memory."""
+    num_ranks = config.parallel(role).num_ranks
+    if config.model.kv_cache_bytes:
+        return config.model.kv_cache_bytes // num_ranks
+    share = psutil.virtual_memory().available * CPU_KV_SHARE / config.num_workers
+    return int(min(max(share, MIN_CPU_KV_BYTES), MAX_CPU_KV_BYTES)) // num_ranks
 
 
 def runs_on_cpu(config: Config, model: ModelConfig) -> bool:
@@ -83,11 +89,9 @@ def runs_on_cpu(config: Config, model: ModelConfig) -> bool:
     return device == "cpu" or not has_driver or model.family == "toy"
 
 
-def _check_cpu_pool(config: Config, model: ModelConfig, max_len: int) -> None:
-    if config.model.num_blocks_override is not None:
-        return
+def _layout(config: Config, model: ModelConfig) -> KVLayout:
     dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
-    layout = KVLayout(
+    return KVLayout(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
@@ -95,5 +99,20 @@ def _check_cpu_pool(config: Config, model: ModelConfig, max_len: int) -> None:
         dtype="uint8" if model.family == "toy" else dtype,
         model_hash="",
     )
-    num_workers = config.prefill.replicas + config.decode.replicas
-    num_blocks_on_cpu(layout, cpu_kv_bytes(config, num_workers), max_len)
+
+
+def _check_groups(config: Config, model: ModelConfig) -> None:
+    for role in config.roles:
+        try:
+            check_split(model, config.parallel(role))
+        except ConfigError as error:
+            raise ConfigError(f"{role} workers of {config.parallel(role)}: {error.message}", param=f"{role}.tp") from None
+
+
+def _check_cpu_pool(config: Config, layout: KVLayout, max_len: int) -> None:
+    if config.model.num_blocks_override is not None:
+        return
+    for role in config.roles:
+        parallel = config.parallel(role)
+        for rank in range(parallel.num_ranks):
+            num_blocks_on_cpu(rank_layout(layout, parallel, rank), cpu_kv_bytes(config, role), max_len)

@@ -77,8 +77,7 @@ class SchedulerService:
         request_id = message.request_id
         self._refuse_gone(message)
         future: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
-        if self._dismiss(request_id):
-            self.scheduler.withdraw(request_id, self._clock())
+        self._dismiss(request_id)  # asked again: the answer goes to the last who asked, and it keeps its place in the queue
         self.scheduler.submit(message, self._clock())  # raises 429 and 503 at once
         self._waiting[request_id] = future
         try:
@@ -99,12 +98,11 @@ class SchedulerService:
         if message.last_epoch <= last_epoch and self._clock() - told_at < GONE_S:
             raise TandemError(f"{message.request_id} was withdrawn before it was admitted")
 
-    def _dismiss(self, request_id: str) -> bool:
-        """Whoever waits for this request's ticket waits no more. True if somebody did."""
+    def _dismiss(self, request_id: str) -> None:
+        """Whoever waits for this request's ticket waits no more."""
         future = self._waiting.pop(request_id, None)
         if future is not None:
             future.cancel()
-        return future is not None
 
     def _remember_gone(self, request_id: str, last_epoch: float, now: float) -> None:
         known, _ = self._gone.pop(request_id, (last_epoch, now))

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from protocol.errors import ReservationRefused, TandemError
+from protocol.errors import Draining, ReservationRefused, TandemError
 from protocol.events import Event, Finished, PromptScored, Timing, TokenLogprobs, Tokens, Usage
 from protocol.lifecycle import TERMINAL, Phase, move
 from protocol.messages import RequestFailed, TokenUpdate
@@ -157,12 +157,16 @@ class Walk:
             choice.pending.clear()
 
     def blame(self, error: TandemError) -> None:
-        """Remember whom not to be placed on again, if there is anybody else. Lack of room is nobody's fault.
+        """Remember whom not to be placed on again, if there is anybody else. That decode has no room is nobody's fault: it may
+        have some in a moment. Who drains will not, and a prefill worker that takes no more is not worth waiting for.
 
         Whoever has not delivered yet is at fault: prefill until decode's first frame, unless decode itself is gone.
         """
         attempt = self._attempt
-        if attempt is None or isinstance(error, ReservationRefused):
+        if attempt is None:
+            return
+        lacks_room = isinstance(error, ReservationRefused) and not isinstance(error, Draining)
+        if lacks_room and not attempt.prefill_was_asked:
             return
         ticket = attempt.ticket
         decode_is_gone = attempt.decode is None or attempt.decode.is_closed

@@ -19,9 +19,11 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from protocol import messages
 from protocol.errors import DeadlineExceeded, Failure, TandemError, WorkerLost, from_failure, to_failure
-from protocol.messages import Message, decode, encode
+from protocol.messages import Message
 from protocol.network import Handler, Peer
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,22 @@ HEARTBEAT_S = 1.0
 HEARTBEAT_MISSES = 3
 HANDSHAKE_TIMEOUT_S = HEARTBEAT_S * HEARTBEAT_MISSES  # a stopped process still accepts; it must not hold us up longer than this
 
+
+class Codec(NamedTuple):
+    """A union of messages and its wire form. Answers of calls may be `Failure`, so it has to be one of them."""
+
+    encode: Callable[[Any], bytes]
+    decode: Callable[[bytes], Any]
+
+
+class Pulse(NamedTuple):
+    """How often a connection is pinged, and after how many silent periods it is dead."""
+
+    period_s: float
+    misses: int
+
+
+CLUSTER = Codec(messages.encode, messages.decode)
 _HEADER = struct.Struct("!IBQ")
 _SEND, _CALL, _ANSWER, _PING = range(4)
 
@@ -51,9 +69,14 @@ class Connection:
         writer: asyncio.StreamWriter,
         handler: Handler,
         on_closed: Callable[[Connection], None],
+        codec: Codec = CLUSTER,
+        pulse: Pulse | None = None,
     ) -> None:
         self.name = name
         self.is_closed = False
+        self.closed_because = ""
+        self._codec = codec
+        self.pulse = pulse or Pulse(HEARTBEAT_S, HEARTBEAT_MISSES)  # may be changed; it counts from the next ping on
         self._reader = reader
         self._writer = writer
         self._handler = handler
@@ -65,7 +88,7 @@ class Connection:
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
     def send(self, message: Message) -> None:
-        self._write(_SEND, 0, encode(message))
+        self._write(_SEND, 0, self._codec.encode(message))
 
     async def call(self, message: Message, timeout: float) -> Message:
         if self.is_closed:
@@ -75,7 +98,7 @@ class Connection:
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
         try:
-            self._write(_CALL, call_id, encode(message))
+            self._write(_CALL, call_id, self._codec.encode(message))
             async with asyncio.timeout(timeout):
                 answer = await future
         except TimeoutError:
@@ -90,6 +113,7 @@ class Connection:
         if self.is_closed:
             return
         self.is_closed = True
+        self.closed_because = reason
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(WorkerLost(f"the connection to {self.name} broke: {reason}"))
@@ -126,17 +150,19 @@ class Connection:
                 body = await self._reader.readexactly(length)
                 self._last_heard = loop.time()
                 if kind == _SEND:
-                    await self._serve_send(decode(body))
+                    await self._serve_send(self._codec.decode(body))
                 elif kind == _CALL:
                     if len(self._serving) >= MAX_CALLS:
                         reason = "too many calls at once"
                         break
-                    task = asyncio.create_task(self._serve_call(call_id, decode(body)))
+                    task = asyncio.create_task(self._serve_call(call_id, self._codec.decode(body)))
                     self._serving.add(task)
                     task.add_done_callback(self._serving.discard)
                 elif kind == _ANSWER and (future := self._calls.get(call_id)) and not future.done():
-                    future.set_result(decode(body))
-        except (asyncio.IncompleteReadError, ConnectionError, OSError) as error:
+                    future.set_result(self._codec.decode(body))
+        except asyncio.IncompleteReadError:
+            pass
+        except (ConnectionError, OSError) as error:
             reason = str(error) or reason
         except ValueError as error:  # msgspec's DecodeError and ValidationError
             reason = f"not one of our messages: {error}"
@@ -160,18 +186,19 @@ class Connection:
         except Exception as error:
             log.exception("while answering %s of %s", type(message).__name__, self.name)
             answer = to_failure(error)
-        self._write(_ANSWER, call_id, encode(answer))
+        self._write(_ANSWER, call_id, self._codec.encode(answer))
 
     async def _watch(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            period_s, misses = self.pulse
             before = loop.time()
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(period_s)
             self._write(_PING, 0, b"")
-            late = loop.time() - before - HEARTBEAT_S  # this process itself was stopped or starved: not the peer's fault
+            late = loop.time() - before - period_s  # this process itself was stopped or starved: not the peer's fault
             self._last_heard += max(0.0, late)
             silent = loop.time() - self._last_heard
-            if silent > HEARTBEAT_S * HEARTBEAT_MISSES:
+            if silent > period_s * misses:
                 self.close(f"silent for {silent:.1f} s")
                 return
 
@@ -179,8 +206,18 @@ class Connection:
 class SocketNetwork:
     """A process's listening socket and its connections, by the address they were made to. A `protocol.network.Network`."""
 
-    def __init__(self, name: str, secret: bytes, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        secret: bytes,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        codec: Codec = CLUSTER,
+        pulse: Pulse | None = None,
+    ) -> None:
         self.name = name
+        self._codec = codec
+        self._pulse = pulse
         self._secret = secret
         self._host = host
         self._port = port
@@ -196,9 +233,13 @@ class SocketNetwork:
         assert self._port, "serve() comes first"
         return f"{self._host}:{self._port}"
 
-    async def serve(self, handler: Handler, on_lost: Callable[[Peer], None]) -> None:
+    def answer(self, handler: Handler, on_lost: Callable[[Peer], None]) -> None:
+        """Who takes what comes over connections made from here; nobody listens for others."""
         self._handler = handler
         self._on_lost = on_lost
+
+    async def serve(self, handler: Handler, on_lost: Callable[[Peer], None]) -> None:
+        self.answer(handler, on_lost)
         self._server = await asyncio.start_server(self._accept, self._host, self._port, limit=MAX_FRAME_BYTES)
         self._port = self._server.sockets[0].getsockname()[1]
 
@@ -254,7 +295,7 @@ class SocketNetwork:
                     await self._server.wait_closed()
 
     def _adopt(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Connection:
-        connection = Connection(name, reader, writer, self._handle, self._closed)
+        connection = Connection(name, reader, writer, self._handle, self._closed, self._codec, self._pulse)
         self._all.add(connection)
         return connection
 

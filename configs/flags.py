@@ -54,6 +54,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model.block_size", "--block-size", "TOKENS"),
     Flag("model.num_blocks_override", "--num-gpu-blocks-override", "BLOCKS"),
     Flag("model.kv_cache_bytes", "--kv-cache-memory-bytes", "BYTES"),
+    Flag("model.host_cache_bytes", "--host-cache-bytes", "BYTES"),
     Flag("model.gpu_memory_utilization", "--gpu-memory-utilization", "SHARE"),
     Flag("model.enable_prefix_caching", "--enable-prefix-caching"),
     Flag("model.seed", "--seed", "N"),
@@ -62,6 +63,10 @@ FLAGS: tuple[Flag, ...] = (
     # pools
     Flag("prefill.replicas", "--prefill", "N"),
     Flag("decode.replicas", "--decode", "N"),
+    Flag("prefill.tp", "--prefill-tp", "N"),
+    Flag("prefill.pp", "--prefill-pp", "N"),
+    Flag("decode.tp", "--decode-tp", "N"),
+    Flag("decode.pp", "--decode-pp", "N"),
     Flag("decode.max_num_seqs", "--max-num-seqs", "N"),
     Flag(
         "prefill.max_num_batched_tokens",
@@ -78,3 +83,12 @@ FLAGS: tuple[Flag, ...] = (
     Flag("transfer.transport", "--kv-transport"),
 )
 BY_KEY: dict[str, Flag] = {flag.key: flag for flag in FLAGS}
+
+# Flags of other systems that set what here is two keys, one for each pool, or another unit; the command line names ours instead.
+ELSEWHERE: dict[str, str] = {
+    "--tensor-parallel-size": "tensor ranks are set for each pool: --prefill-tp and --decode-tp",
+    "-tp": "tensor ranks are set for each pool: --prefill-tp and --decode-tp",
+    "--pipeline-parallel-size": "pipeline stages are set for each pool: --prefill-pp and --decode-pp",
+    "--kv-offloading-size": "evicted prefixes go to host memory with --host-cache-bytes, for example 4GiB, for each worker",
+    "-pp": "pipeline stages are set for each pool: --prefill-pp and --decode-pp",
+}

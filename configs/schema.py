@@ -13,12 +13,14 @@ import msgspec
 from msgspec import Meta
 
 from protocol.errors import ConfigError
+from protocol.parallel import Parallel
 
 SECRET_KEYS = frozenset({"gateway.api_key"})  # never printed
 # These also take "512MiB".
-BYTE_KEYS = frozenset({"model.kv_cache_bytes", "gateway.max_body_bytes", "scheduler.max_queue_bytes"})
+BYTE_KEYS = frozenset({"model.kv_cache_bytes", "model.host_cache_bytes", "gateway.max_body_bytes", "scheduler.max_queue_bytes"})
 
 Count = Annotated[int, Meta(ge=1, le=2**24)]
+GroupSize = Annotated[int, Meta(ge=1, le=256)]
 CountOrAuto = Annotated[int, Meta(ge=0, le=2**24)]
 Bytes = Annotated[int, Meta(ge=1024, le=2**50)]
 Seconds = Annotated[float, Meta(gt=0, le=10**7)]
@@ -45,6 +47,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     block_size: Annotated[CountOrAuto, says("tokens in a KV block; 0: 16 on a GPU, larger on a CPU")] = 0
     num_blocks_override: Annotated[Count | None, says("KV blocks of each worker, instead of what fits")] = None
     kv_cache_bytes: Annotated[int, Meta(ge=0, le=2**50), says("KV pool of each worker on a CPU; 0: a share of free memory")] = 0
+    host_cache_bytes: Annotated[
+        int, Meta(ge=0, le=2**50), says("host memory of each worker for prefix KV that its pool evicts; 0: none")
+    ] = 0
     gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1), says("share of a GPU's memory that a worker may fill")] = 0.9
     enable_prefix_caching: Annotated[bool, says("keep KV of finished prompts and reuse equal prefixes")] = True
     seed: Annotated[
@@ -61,7 +66,13 @@ class PrefillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     replicas: Annotated[CountOrAuto, says("prefill workers; 0: decode workers prefill for themselves")] = 1
     max_num_batched_tokens: Annotated[Count, says("prompt tokens in one prefill step")] = 512
     max_num_seqs: Annotated[Count, says("prompts in one prefill step")] = 16
-    num_threads: Annotated[CountOrAuto, says("CPU threads of a prefill worker; 0: its share of the cores")] = 0
+    tp: Annotated[GroupSize, says("tensor ranks of a prefill worker: so many processes share each layer's heads")] = 1
+    pp: Annotated[GroupSize, says("pipeline stages of a prefill worker: so many groups of tensor ranks share the layers")] = 1
+    num_threads: Annotated[CountOrAuto, says("CPU threads of each rank of a prefill worker; 0: its share of the cores")] = 0
+
+    @property
+    def parallel(self) -> Parallel:
+        return Parallel(self.tp, self.pp)
 
 
 class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -71,7 +82,13 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: Annotated[Count, says("sequences in one decode step")] = 64
     max_num_batched_tokens: Annotated[Count, says("tokens in one decode step, prompts it prefills itself included")] = 256
     enable_chunked_prefill: Annotated[bool, says("a decode worker prefills in pieces, between others' tokens")] = True
-    num_threads: Annotated[CountOrAuto, says("CPU threads of a decode worker; 0: its share of the cores")] = 0
+    tp: Annotated[GroupSize, says("tensor ranks of a decode worker: so many processes share each layer's heads")] = 1
+    pp: Annotated[GroupSize, says("pipeline stages of a decode worker: so many groups of tensor ranks share the layers")] = 1
+    num_threads: Annotated[CountOrAuto, says("CPU threads of each rank of a decode worker; 0: its share of the cores")] = 0
+
+    @property
+    def parallel(self) -> Parallel:
+        return Parallel(self.tp, self.pp)
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,6 +120,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     heartbeat_s: Annotated[float, Meta(gt=0, le=60), says("period of the workers' heartbeats")] = 1.0
     heartbeat_misses: Annotated[int, Meta(ge=2, le=1000), says("missed heartbeats, then a worker counts as dead")] = 3
     recovery_s: Annotated[Seconds, says("requests wait so long for a worker while none is alive, then 503")] = 60.0
+    drain_s: Annotated[
+        Seconds, says("a worker that is to go lets its requests end for so long; what still runs then goes on elsewhere")
+    ] = 20.0
     ttft_target_s: Annotated[Seconds, says("the promise: time to first token")] = 2.0
     tpot_target_s: Annotated[Seconds, says("the promise: time per output token; decode workers are filled up to it")] = 0.2
 
@@ -110,7 +130,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How KV travels from prefill to decode."""
 
-    transport: Annotated[Literal["auto", "shm", "tcp"], says("auto: shm on one host, tcp between hosts")] = "auto"
+    transport: Annotated[
+        Literal["auto", "shm", "tcp", "cuda_ipc", "nccl"],
+        says("auto: shm (GPUs: cuda_ipc) on one host, tcp (GPUs: nccl, then tcp) between hosts"),
+    ] = "auto"
     lease_s: Annotated[Seconds, says("decode holds reserved blocks so long for a prefill")] = 30.0
     timeout_s: Annotated[Seconds, says("one transfer, from its last block computed to verified")] = 30.0
     bind_host: Annotated[Text, says("address of KV and control sockets; several hosts need one they can reach")] = "127.0.0.1"
@@ -131,6 +154,24 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The value of `section.name`."""
         section, name = key.split(".")
         return getattr(getattr(self, section), name)
+
+    def parallel(self, role: str) -> Parallel:
+        """The sizes of the group of ranks that one worker of this role is."""
+        return self.decode.parallel if role == "decode" else self.prefill.parallel
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Those that have a worker."""
+        return ("decode", "prefill") if self.prefill.replicas else ("decode",)
+
+    @property
+    def num_workers(self) -> int:
+        return self.prefill.replicas + self.decode.replicas
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of all workers together."""
+        return self.prefill.replicas * self.prefill.parallel.num_ranks + self.decode.replicas * self.decode.parallel.num_ranks
 
 
 # Known values of other systems that are refused with a reason rather than a list of choices.
@@ -240,6 +281,18 @@ def check(config: Config) -> None:
             f"{decode.max_num_seqs}: a step has one token for each sequence; raise the first or lower the second",
             param="decode.max_num_batched_tokens",
         )
+    if model.host_cache_bytes:
+        if not model.enable_prefix_caching:
+            raise ConfigError(
+                "model.host_cache_bytes keeps prefixes that the prefix cache evicts, and model.enable_prefix_caching is false",
+                param="model.host_cache_bytes",
+            )
+        if max(config.prefill.parallel.num_ranks, decode.parallel.num_ranks) > 1:
+            raise ConfigError(
+                "model.host_cache_bytes is built for workers of one rank: the ranks of a group (tp or pp above 1) do not store and "
+                "restore together yet; leave it at 0",
+                param="model.host_cache_bytes",
+            )
     whole = not decode.enable_chunked_prefill and model.max_len is not None
     if whole and decode.max_num_batched_tokens < (model.max_len or 0):
         raise ConfigError(

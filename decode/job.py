@@ -20,6 +20,7 @@ class Job:
         self.sequences: dict[int, Sequence] = {}
         self.grant: Grant | None = None
         self.granted_blocks: list[int] = []  # the grant's, until a sequence owns them
+        self.block_hashes: list[bytes] = []  # of the prompt's full blocks, where somebody else prefills it
         self.spare_blocks: list[int] = []  # for what follows the prompt: a copy of its last block, or a fresh one
         self.cached_tokens = 0
         self.scored: list[TokenLogprobs | None] = []  # the prompt's own log-probabilities, as its chunks yield them

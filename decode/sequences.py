@@ -67,6 +67,7 @@ class Sequences:
             delivered = job.delivered[first.choice]
             sequence = Sequence(job.request, first.choice, output_token_ids=(*delivered, first.token))
             sequence.num_computed = num_tokens
+            sequence.block_hashes = list(job.block_hashes)
             if not job.sequences:
                 sequence.blocks = list(blocks)
             else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable
@@ -20,21 +21,23 @@ import msgspec
 from decode.handover import Handover
 from decode.job import Job
 from decode.planner import Budget, plan
+from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
-from engine.prefix import full_block_hashes
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
+from engine.step import Extras
 from engine.stopping import finish_reason
-from kvtransfer.pool import KVPool
-from kvtransfer.transport import Receiver
+from kvtransfer.receiving import GroupReceivers
 from protocol.errors import (
+    Draining,
     InternalError,
     InvalidRequest,
     ReservationRefused,
     TandemError,
     TransferFailed,
+    WorkerLost,
     to_failure,
 )
 from protocol.events import TokenLogprobs
@@ -53,11 +56,13 @@ from protocol.messages import (
     WriterDone,
 )
 from protocol.network import Clock, Network, Peer
-from protocol.request import Request
-from protocol.ticket import Grant
+from protocol.ticket import Grant, Landed
 
 log = logging.getLogger(__name__)
 
+DRAIN_S = 30.0
+POLL_S = 0.02
+GOODBYE_S = 5.0  # after a drain's deadline: for quarantined blocks to come back
 STALL_S = 0.05  # how long to wait when there is work but no block for it
 MAX_CANCELLED = 4096
 _T = TypeVar("_T")
@@ -82,12 +87,10 @@ class DecodeWorker:
         settings: Settings,
         runner: ModelRunner,
         pool: BlockPool,
-        kv: KVPool,
-        receivers: dict[str, Receiver],
+        receivers: GroupReceivers,
         network: Network,
         clock: Clock,
         compute: Compute,
-        verify_compute: Compute,
         secret: bytes,
     ) -> None:
         self.settings = settings
@@ -106,17 +109,9 @@ class DecodeWorker:
         self.last_token_at: float | None = None
         self._counts: dict[str, float] = defaultdict(float)
         self.handover = Handover(
-            settings.incarnation,
-            settings.layout,
-            pool,
-            kv,
-            receivers,
-            network,
-            clock,
-            verify_compute,
-            secret,
-            self._fail_transfer,
+            settings.incarnation, settings.layout, pool, receivers, network, clock, secret, self._fail_transfer, self.wake
         )
+        self._reservations = Reservations(settings.layout, pool, self._sequences, self.handover)
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
@@ -125,9 +120,12 @@ class DecodeWorker:
 
     async def handle(self, peer: Peer, message: Message) -> Message | None:
         if isinstance(message, Reserve):
-            return self._reserve(peer, message)
+            return await self._reserve(peer, message)
         if isinstance(message, Seal):
             return await self._seal(message)
+        if isinstance(message, Landed):
+            self.handover.landed(message)
+            return None
         if isinstance(message, Handshake):
             return self.handover.handshake(peer, message)
         if isinstance(message, Cancel):
@@ -146,81 +144,44 @@ class DecodeWorker:
 
     # ---- reserve ---------------------------------------------------------------------------------------------------
 
-    def _reserve(self, peer: Peer, message: Reserve) -> Grant:
+    async def _reserve(self, peer: Peer, message: Reserve) -> Grant:
+        """Awaits only where there is something to wait for: other ranks of this worker, or what an earlier attempt left."""
         request, ticket = message.request, message.ticket
         if ticket.decode.incarnation != self.settings.incarnation:
             raise TransferFailed(f"the ticket is for {ticket.decode.incarnation}; here lives {self.settings.incarnation}")
+        self._supersede(request.request_id, ticket.epoch)
+        await self.handover.settled(request.request_id)
         if self.is_draining:
-            raise ReservationRefused("this decode worker is draining")
+            raise Draining("this decode worker is draining")
         if peer.is_closed or (request.request_id, ticket.epoch) in self._cancelled:
             raise TransferFailed("the request was cancelled before it came")
-        known = self._jobs.get(request.request_id)
-        if known is not None:
-            if known.epoch >= ticket.epoch:
-                raise TransferFailed(f"epoch {ticket.epoch} of {request.request_id} is stale: {known.epoch} is here")
-            self._drop(known)
+        self._supersede(request.request_id, ticket.epoch)
         if len(self._jobs) >= self.settings.max_jobs:
             raise ReservationRefused(f"{len(self._jobs)} requests are here already")
-        self._check_it_can_ever_fit(request)
-        job = Job(message, peer)
+        self._reservations.check_it_can_ever_fit(request)
+        job = self._jobs[request.request_id] = Job(message, peer)
         try:
-            grant = self._reserve_local(job) if ticket.prefill is None else self._reserve_remote(job, message)
+            grant = self._reservations.local(job) if ticket.prefill is None else await self._reservations.remote(job, message)
         except OutOfBlocks:
+            self._drop(job)
             raise ReservationRefused(
                 f"{self.pool.num_free} blocks are free, {self.settings.layout.num_blocks_for(request.prompt_len)} are needed"
             ) from None
-        self._jobs[request.request_id] = job
+        except BaseException:  # also when the gateway goes while we wait for another rank
+            self._drop(job)
+            raise
+        if job.is_dropped:
+            raise TransferFailed("the request was cancelled while its blocks were set aside")
         self._wake.set()
         return grant
 
-    def _check_it_can_ever_fit(self, request: Request) -> None:
-        per_choice = self.settings.layout.num_blocks_for(request.max_total_len)
-        if per_choice > self.pool.num_blocks:
-            raise InvalidRequest(
-                f"prompt and max_tokens need {per_choice} KV blocks, the pool has {self.pool.num_blocks}; lower max_tokens or "
-                "raise --num-gpu-blocks-override (model.kv_cache_bytes on a CPU)",
-                param="max_tokens",
-            )
-
-    @property
-    def _headroom(self) -> int:
-        """Blocks kept for the next token of those who run already; without it a newcomer would preempt somebody at once."""
-        return len(self._sequences.running) // 2
-
-    def _reserve_local(self, job: Job) -> Grant:
-        """Blocks for the prompt now (R6); the prefill itself happens in this worker's own steps, in chunks."""
-        request = job.request
-        same = len({tuple(d) for d in job.delivered}) == 1 and not job.ended
-        lead = [
-            Sequence(request, choice, output_token_ids=job.delivered[choice])
-            for choice in range(1 if same else request.sampling.n)
-            if choice not in job.ended
-        ]
-        self._sequences.start(job, lead, self._headroom)
-        job.cached_tokens = max(sequence.num_computed for sequence in lead)
-        self._count_prefix(sum(len(s.token_ids) for s in lead), sum(s.num_computed for s in lead))
-        return self.handover.local_grant(job)
-
-    def _reserve_remote(self, job: Job, message: Reserve) -> Grant:
-        """Blocks that a prefill worker will write, and what the choices need beside them to go on."""
-        layout = self.settings.layout
-        probe = Sequence(job.request, 0, output_token_ids=job.delivered[0])
-        num_tokens = len(probe.token_ids)
-        cached = self.pool.match(full_block_hashes(probe, layout))
-        num_new = layout.num_blocks_for(num_tokens) - len(cached)
-        num_spare = job.request.sampling.n - (num_tokens % layout.block_size != 0)
-        if num_new + num_spare + self._headroom > self.pool.num_free:
-            self.pool.release(cached)
-            raise OutOfBlocks
-        job.spare_blocks = self.pool.allocate(num_spare)
-        job.granted_blocks = [*cached, *self.pool.reserve(num_new, after=cached[-1] if cached else None)]
-        job.cached_tokens = len(cached) * layout.block_size
-        self._count_prefix(num_tokens, job.cached_tokens)
-        try:
-            return self.handover.grant(job, len(cached), num_tokens, message)
-        except TransferFailed:
-            self.pool.release([*job.granted_blocks, *job.spare_blocks])
-            raise
+    def _supersede(self, request_id: str, epoch: int) -> None:
+        """One attempt of a request at a time, the newest."""
+        known = self._jobs.get(request_id)
+        if known is not None:
+            if known.epoch >= epoch:
+                raise TransferFailed(f"epoch {epoch} of {request_id} is stale: {known.epoch} is here")
+            self._drop(known)
 
     # ---- seal ------------------------------------------------------------------------------------------------------
 
@@ -268,8 +229,9 @@ class DecodeWorker:
             self._fail(job, "transfer", error)
 
     def _fail(self, job: Job, stage: str, error: TandemError) -> None:
-        job.gateway.send(RequestFailed(job.request.request_id, job.epoch, stage, to_failure(error)))
-        self._drop(job)
+        if not job.is_dropped:
+            job.gateway.send(RequestFailed(job.request.request_id, job.epoch, stage, to_failure(error)))
+            self._drop(job)
 
     def _drop(self, job: Job) -> None:
         """Take down one attempt whole; idempotent. Its sequences may be in the step that is under way: they go after it."""
@@ -287,6 +249,21 @@ class DecodeWorker:
     def wake(self) -> None:
         """Blocks came free by somebody else's hand."""
         self._wake.set()
+
+    async def drain(self, deadline_s: float = DRAIN_S) -> None:
+        """Take nothing new, finish what can be finished in time, and hand over the rest: each request that is left hears, after its
+        last frame, that this worker goes, and its gateway resumes it elsewhere. Returns when every block is back (or, where a
+        writer owes its word for longer than GOODBYE_S, without those)."""
+        self.is_draining = True
+        end = self._clock() + deadline_s
+        while self._jobs and self._clock() < end:
+            await asyncio.sleep(POLL_S)
+        going = WorkerLost(f"decode worker {self.settings.incarnation} is draining")
+        for job in list(self._jobs.values()):
+            self._soon(functools.partial(self._fail, job, "decode", going))
+        end = self._clock() + GOODBYE_S
+        while (self._jobs or self._sequences or self.pool.num_used) and self._clock() < end:
+            await asyncio.sleep(POLL_S)
 
     def tick(self) -> None:
         """Leases, quarantines and dead writers; every quarter of a second or so."""
@@ -326,7 +303,7 @@ class DecodeWorker:
         self._in_step = True
         started = self._clock()
         try:
-            return await self._compute(lambda: self._run(copies, chunks))
+            return await self._compute(lambda: self.runner.run(chunks, None, Extras(copies=tuple(copies))))
         finally:
             self._in_step = False
             self._sequences.copied(copies)
@@ -339,12 +316,6 @@ class DecodeWorker:
         jobs = {id(job): job for job in map(self._sequences.job_of, concerned) if job is not None}
         for job in jobs.values():
             self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
-
-    def _run(self, copies: list[tuple[int, int]], chunks: list[Chunk]) -> StepResult:
-        """In the engine's thread."""
-        for shared, own in copies:
-            self.runner.copy_block(shared, own)
-        return self.runner.run(chunks)
 
     def _plan(self) -> list[Chunk]:
         budget = Budget(self.settings.max_num_seqs, self.settings.max_num_batched_tokens, self.settings.enable_chunked_prefill)
@@ -444,15 +415,11 @@ class DecodeWorker:
         if self._jobs.get(job.request.request_id) is job:
             del self._jobs[job.request.request_id]
 
-    def _count_prefix(self, queries: int, hits: int) -> None:
-        self._counts["prefix_queries"] += queries
-        self._counts["prefix_hits"] += hits
-
     # ---- what others see -------------------------------------------------------------------------------------------
 
     @property
     def is_idle(self) -> bool:
-        return not self._jobs
+        return not self._jobs and not self.handover.is_keeping
 
     def in_flight(self) -> tuple[tuple[str, int], ...]:
         return tuple(job.key for job in self._jobs.values())
@@ -471,14 +438,16 @@ class DecodeWorker:
             step_s=c["step_s"],
             prompt_tokens=int(c["prompt_tokens"]),
             generation_tokens=int(c["generation_tokens"]),
-            prefix_queries=int(c["prefix_queries"]),
-            prefix_hits=int(c["prefix_hits"]),
+            prefix_queries=self._reservations.prefix_queries,
+            prefix_hits=self._reservations.prefix_hits,
             num_preemptions=int(c["num_preemptions"]),
             transfers=self.handover.transfers,
             transfer_bytes=self.handover.transfer_bytes,
             transfers_failed=self.handover.transfers_failed,
             digest_failures=self.handover.digest_failures,
             last_token_age_s=age,
+            pairs=self.handover.pair_stats(),
+            **self.pool.tier_numbers,
         )
 
     def check_integrity(self) -> None:
@@ -486,4 +455,4 @@ class DecodeWorker:
         self.pool.check_integrity()
         if self.is_idle:
             self._sequences.check_is_empty()
-            assert self.pool.num_used == self.handover.num_quarantined_blocks
+            assert self.pool.num_used == self.handover.num_held_blocks

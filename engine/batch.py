@@ -1,4 +1,7 @@
-"""What the runner computes in one step: chunks of sequences, and the same as tensors. Called by engine/runner.py only."""
+"""What the runner computes in one step: chunks of sequences, the same as plain integers, and those as tensors.
+
+`plan_step` is the leader's; `build_batch` is every rank's. Called by engine/runner.py and engine/follower.py only.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ import torch
 from torch import Tensor
 
 from engine.sequence import Sequence
+from engine.step import NOTHING, Extras, Step
 from kernels.ops import AttentionPlan, Span
 from protocol.kv import KVLayout
+
+MAX_SCORED_ROWS = 64  # logits of so many prompt rows are in memory at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,19 +34,31 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """models.interface.ForwardBatch. Rows of one chunk are neighbours; chunks of one token come first.
+class Scored:
+    """One call of Model.logits() for prompt rows of a sequence: row i scores tokens[i]."""
 
-    logit_rows: ascending. samples: for each sampled sequence the index into logit_rows. scored: for each chunk whose
-    prompt is scored (sequence, first index into logit_rows, number of rows).
-    """
+    sequence: Sequence
+    tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """Whom the logits of a step are for. samples: (sequence, row of the first call), empty when nobody samples; scored: one
+    entry for each of the calls after it, in order. scoring: the sequences whose prompt is scored by this step."""
+
+    samples: tuple[tuple[Sequence, int], ...]
+    scored: tuple[Scored, ...]
+    scoring: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """models.interface.ForwardBatch. Rows of one chunk are neighbours; chunks of one token come first."""
 
     token_ids: Tensor  # int64 [num_tokens]
     positions: Tensor  # int64 [num_tokens]
     attention: AttentionPlan
-    logit_rows: Tensor  # int64
-    samples: tuple[tuple[Sequence, int], ...]
-    scored: tuple[tuple[Sequence, int, int], ...]
+    logit_rows: Tensor  # int64, ascending
 
 
 def is_scored(sequence: Sequence) -> bool:
@@ -48,42 +66,65 @@ def is_scored(sequence: Sequence) -> bool:
     return sequence.choice == 0 and sequence.output_len == 0 and sequence.request.sampling.prompt_logprobs is not None
 
 
-def build_batch(chunks: SequenceOf[Chunk], layout: KVLayout, device: torch.device) -> Batch:
-    """Tensors for one forward pass."""
-    ordered = sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)
-    spans: list[Span] = []
+def plan_step(chunks: SequenceOf[Chunk], block_size: int, extras: Extras = NOTHING) -> tuple[Step, Wanted]:
+    """The chunks as plain integers, and whom their logits are for."""
     token_ids: list[int] = []
+    lengths: list[int] = []
+    contexts: list[int] = []
+    blocks: list[list[int]] = []
     logit_rows: list[int] = []
-    samples: list[tuple[Sequence, int]] = []
-    scored: list[tuple[Sequence, int, int]] = []
-    starts: list[int] = []
-    for chunk in ordered:
+    sampled: list[tuple[Sequence, int]] = []
+    scoring: list[tuple[Sequence, int, int]] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.num_tokens > 1):
         sequence, start = chunk.sequence, len(token_ids)
         begin, end = sequence.num_computed, sequence.num_computed + chunk.num_tokens
         assert 0 < chunk.num_tokens <= sequence.num_uncomputed, (sequence, chunk.num_tokens)
-        assert end <= len(sequence.blocks) * layout.block_size, f"{sequence} has no block for token {end - 1}"
+        assert end <= len(sequence.blocks) * block_size, f"{sequence} has no block for token {end - 1}"
         token_ids += sequence.token_ids[begin:end]
-        starts.append(begin - start)
-        blocks = sequence.blocks[: layout.num_blocks_for(end)]
-        spans.append(Span(start, chunk.num_tokens, begin, blocks, torch.tensor(blocks, device=device)))
+        lengths.append(chunk.num_tokens)
+        contexts.append(begin)
+        blocks.append(sequence.blocks[: -(-end // block_size)])
         if is_scored(sequence):
-            scored.append((sequence, len(logit_rows), chunk.num_tokens))
+            scoring.append((sequence, len(logit_rows), chunk.num_tokens))
             logit_rows += range(start, len(token_ids))
         elif chunk.samples:
             logit_rows.append(len(token_ids) - 1)
-        samples += [(sampled, len(logit_rows) - 1) for sampled in chunk.samples]
-    lengths = [span.length for span in spans]
-    positions = np.arange(len(token_ids)) + np.repeat(starts, lengths)
-    num_single = sum(length == 1 for length in lengths)
+        sampled += [(sample, len(logit_rows) - 1) for sample in chunk.samples]
+    calls: list[list[int]] = []
+    if sampled:
+        calls.append(sorted({index for _, index in sampled}))
+        place = {index: row for row, index in enumerate(calls[0])}
+        sampled = [(sequence, place[index]) for sequence, index in sampled]
+    scored: list[Scored] = []
+    for sequence, first, count in scoring:
+        start = sequence.num_computed
+        count = min(count, sequence.request.prompt_len - 1 - start)  # the last prompt row predicts the output
+        for offset in range(0, count, MAX_SCORED_ROWS):
+            number = min(MAX_SCORED_ROWS, count - offset)
+            scored.append(Scored(sequence, sequence.token_ids[start + offset + 1 : start + offset + 1 + number]))
+            calls.append(list(range(first + offset, first + offset + number)))
+    step = Step(token_ids, lengths, contexts, blocks, logit_rows, calls, extras)
+    return step, Wanted(tuple(sampled), tuple(scored), tuple(sequence for sequence, _, _ in scoring))
+
+
+def build_batch(step: Step, layout: KVLayout, device: torch.device) -> Batch:
+    """Tensors for one forward pass over a pool of this layout, which is the rank's own. The step has tokens."""
+    spans: list[Span] = []
+    starts: list[int] = []
+    start = 0
+    for length, context_len, blocks in zip(step.lengths, step.contexts, step.blocks, strict=True):
+        spans.append(Span(start, length, context_len, blocks, torch.tensor(blocks, device=device)))
+        starts.append(context_len - start)
+        start += length
+    positions = np.arange(start) + np.repeat(starts, step.lengths)
+    num_single = sum(length == 1 for length in step.lengths)
     tables, seq_lens = (None, None) if device.type == "cpu" else _device_tables(spans[:num_single], device)
     slots = torch.from_numpy(_slots(spans, positions, layout)).to(device)
     return Batch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64, device=device),
+        token_ids=torch.tensor(step.token_ids, dtype=torch.int64, device=device),
         positions=torch.from_numpy(positions).to(device),
         attention=AttentionPlan(tuple(spans), num_single, slots, tables, seq_lens),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-        samples=tuple(samples),
-        scored=tuple(scored),
+        logit_rows=torch.tensor(step.logit_rows, dtype=torch.int64, device=device),
     )
 
 

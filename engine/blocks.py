@@ -5,6 +5,7 @@
       └──reserve──> reserved └──last release──> free                 └──┘
                        │  └──last release──> free
                        └──quarantine──> quarantined ──lift──> free
+                                             └──readmit──> reserved
 
 A block has one writer (truth rule R2): its sequence while it is *filling*, a remote prefill worker while it is *reserved*,
 nobody once it is *sealed*. Only sealed blocks are shared through the prefix cache. Not thread-safe: one engine loop owns it.
@@ -17,6 +18,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from typing import Protocol
 
 
 class BlockState(enum.Enum):
@@ -31,21 +33,45 @@ class OutOfBlocks(Exception):
     """Nothing was taken; the caller preempts somebody, refuses, or waits."""
 
 
+class Tier(Protocol):
+    """Where evicted blocks go and may come back from (engine/host_tier.py)."""
+
+    def store(self, evicted: SequenceOf[tuple[int, bytes]]) -> None:
+        """(block, hash) of blocks that somebody may overwrite as soon as this returns, in the order of their eviction."""
+        ...
+
+    def num_leading(self, hashes: SequenceOf[bytes]) -> int:
+        """How many of the first hashes can be asked for with `restore` now."""
+        ...
+
+    def restore(self, block_hash: bytes, block: int) -> bool:
+        """Fill a block with what has this hash. False: it is not there (any more), and the block holds rubbish."""
+        ...
+
+    def clear(self) -> None: ...
+
+    def numbers(self) -> dict[str, int]:
+        """What it did and has, by the names of `WorkerStats`."""
+        ...
+
+
 _FREE_RUN = re.compile(b"\x01+")
 
 
 class BlockPool:
     """num_blocks blocks of block_size tokens, with reference counts and an LRU of sealed blocks that nobody references.
 
-    enable_prefix_caching False: sealed blocks are forgotten at their last release and match() finds nothing.
+    enable_prefix_caching False: sealed blocks are forgotten at their last release and match() finds nothing. tier: takes what is
+    evicted to make room, and match() goes on there.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, tier: Tier | None = None) -> None:
         assert num_blocks > 0, num_blocks
         assert block_size > 0, block_size
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.tier = tier if enable_prefix_caching else None
         self._states: list[BlockState] = [BlockState.FREE] * num_blocks
         self._refs: list[int] = [0] * num_blocks
         self._free = bytearray(b"\x01" * num_blocks)  # 1: free and not cached; bytes, so that runs are found at C speed
@@ -78,6 +104,11 @@ class BlockPool:
     def num_quarantined(self) -> int:
         return self._num_quarantined
 
+    @property
+    def tier_numbers(self) -> dict[str, int]:
+        """For `WorkerStats`; empty without a tier."""
+        return self.tier.numbers() if self.tier is not None else {}
+
     def ref_count(self, block: int) -> int:
         return self._refs[block]
 
@@ -99,8 +130,10 @@ class BlockPool:
             count += 1
         return count
 
-    def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix, with one reference more on each."""
+    def match(self, hashes: SequenceOf[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix, with one reference more on each. With a tier it goes on there, into blocks
+        that are free or evictable, as far as there are any and as far as one call copies.
+        """
         found: list[int] = []
         for block_hash in hashes:
             block = self._block_of.get(block_hash)
@@ -110,7 +143,22 @@ class BlockPool:
         for block in found:
             self._refs[block] += 1
             self._evictable.pop(block, None)
+        if self.tier is not None and len(found) < len(hashes):
+            found += self._restore(self.tier, hashes[len(found) :], found[-1] if found else None)
         return found
+
+    def _restore(self, tier: Tier, hashes: SequenceOf[bytes], after: int | None) -> list[int]:
+        """Sealed blocks with one reference each, for as many of the first hashes as can be had. To make room others are evicted
+        and stored, so one that was there may be gone when its turn comes."""
+        count = min(tier.num_leading(hashes), self.num_free)
+        count = next((i for i in range(count) if hashes[i] in self._block_of), count)
+        blocks = self.allocate(count, after) if count else []
+        for i, block in enumerate(blocks):
+            if not tier.restore(hashes[i], block):
+                self.release(blocks[i:])
+                return blocks[:i]
+            self.seal(block, hashes[i])
+        return blocks
 
     def take_events(self) -> tuple[list[bytes], list[bytes]]:
         """(added, evicted) hashes since the last call, net: a hash is in at most one of the two."""
@@ -124,10 +172,12 @@ class BlockPool:
         return list(self._block_of)
 
     def drop_cache(self) -> int:
-        """Forget every cached block that nobody references. Returns how many."""
+        """Forget every cached block that nobody references, and all that the tier keeps. Returns how many of the first."""
+        if self.tier is not None:
+            self.tier.clear()
         count = len(self._evictable)
         while self._evictable:
-            self._clear(self._evict_oldest())
+            self._clear(self._evict_oldest()[0])
         return count
 
     # ---- life of a block -------------------------------------------------------------------------------------------
@@ -197,6 +247,14 @@ class BlockPool:
             self._num_quarantined -= 1
             self._clear(block)
 
+    def readmit(self, blocks: Iterable[int]) -> None:
+        """Quarantined blocks whose writer is gone become reserved again, with one reference: what they hold has proved good."""
+        for block in blocks:
+            self._expect(block, BlockState.QUARANTINED)
+            self._num_quarantined -= 1
+            self._states[block] = BlockState.RESERVED
+            self._refs[block] = 1
+
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def _expect(self, block: int, state: BlockState) -> None:
@@ -207,7 +265,7 @@ class BlockPool:
         self._free[block] = 1
         self._num_clear += 1
 
-    def _evict_oldest(self) -> int:
+    def _evict_oldest(self) -> tuple[int, bytes]:
         block, _ = self._evictable.popitem(last=False)
         block_hash = self._hash_of.pop(block)
         del self._block_of[block_hash]
@@ -215,7 +273,7 @@ class BlockPool:
             del self._added[block_hash]
         else:
             self._evicted[block_hash] = None
-        return block
+        return block, block_hash
 
     def _take(self, n: int, after: int | None, state: BlockState) -> list[int]:
         if n > self.num_free:
@@ -227,7 +285,10 @@ class BlockPool:
             start, length = self._best_run(n - len(taken))
             self._mark(taken, start, length)
         if len(taken) < n:
-            taken += sorted(self._evict_oldest() for _ in range(n - len(taken)))
+            evicted = [self._evict_oldest() for _ in range(n - len(taken))]
+            if self.tier is not None:
+                self.tier.store(evicted)  # before anybody can write into them
+            taken += sorted(block for block, _ in evicted)
         for block in taken:
             self._states[block] = state
             self._refs[block] = 1

@@ -241,3 +241,80 @@ def _attend_windowed(out: Tensor, q: Tensor, kv_layer: Tensor, span: Span, scale
         k, v = (x.unsqueeze(1).expand(-1, queries.shape[1], -1, -1) for x in (k, v))
         result, _ = _partial(queries, k, v, scale, mask=mask)
         out[own] = result.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+# ---- KV on the move --------------------------------------------------------------------------------------------------
+
+SUM_NBYTES = 16
+
+
+def lane_dtype(head_dim: int, itemsize: int) -> torch.dtype:
+    """The widest integer that a row (the head_dim values of one token and head) is a whole number of."""
+    row_nbytes = head_dim * itemsize
+    return next(d for d in (torch.int64, torch.int32, torch.int16, torch.uint8) if row_nbytes % d.itemsize == 0)
+
+
+def as_lanes(pool: Tensor) -> Tensor:
+    """[..., head_dim] of any dtype -> the same memory as lanes, [..., row_lanes]."""
+    return pool.view(lane_dtype(pool.shape[-1], pool.element_size()))
+
+
+def run_table(source_blocks: Sequence[int], target_blocks: Sequence[int], num_used: Sequence[int], device: torch.device) -> Tensor:
+    """What move_runs goes by: int32 [3, num_runs]. To a GPU it goes through pinned memory, so that nothing waits."""
+    table = torch.tensor([source_blocks, target_blocks, num_used], dtype=torch.int32)
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+def move_runs(source: Tensor, target: Tensor | None, table: Tensor, *, with_sums: bool = True) -> Tensor | None:
+    """Copy runs from one pool to another, zeroing what lies behind the used slots, and sum their lanes on the way.
+
+    source, target: [num_layers, num_blocks, 2, num_heads, block_size, head_dim], of one dtype and shape but for num_blocks; a
+    range of layers or heads of a wider pool is just a slice of it. table: `run_table`; no target block comes twice, and every
+    number is inside its pool: nothing here looks. target None: only sum. -> int64 [num_layers, num_runs, 2], the 128-bit lane
+    sums (kernels/kv_pack.py says what they find), on the device; None without sums.
+    """
+    source, target = as_lanes(source), None if target is None else as_lanes(target)
+    if source.device.type == "cpu":
+        return _move_runs_on_cpu(source, target, table, with_sums)
+    from kernels.kv_pack import move_runs as move
+
+    sums = torch.zeros(source.shape[0], table.shape[1], 2, dtype=torch.int64, device=source.device) if with_sums else None
+    move(source, target, table, sums)
+    return sums
+
+
+def sums_to_bytes(sums: Tensor) -> bytes:
+    """16 bytes for each run, in order, little-endian. Waits for the device."""
+    return sums.contiguous().cpu().numpy().astype("<i8", copy=False).tobytes()
+
+
+def _move_runs_on_cpu(source: Tensor, target: Tensor | None, table: Tensor, with_sums: bool) -> Tensor | None:
+    source_blocks, target_blocks, num_used = table.long()
+    runs = source[:, source_blocks]  # [num_layers, num_runs, 2, num_heads, block_size, row_lanes], a copy
+    for run, used in enumerate(num_used.tolist()):
+        runs[:, run, :, :, used:] = 0
+    if target is not None:
+        target[:, target_blocks] = runs
+    return _lane_sums(runs.flatten(2)) if with_sums else None
+
+
+def _lane_sums(lanes: Tensor) -> Tensor:
+    """[..., num_lanes] -> int64 [..., 2]. Two's complement wraps as unsigned integers do; only the shifts must be told apart."""
+    from kernels.reference import FIRST, PLACE, SECOND, THIRD
+
+    first, place, second, third = (c - 2**64 if c >= 2**63 else c for c in (FIRST, PLACE, SECOND, THIRD))
+    key = torch.arange(1, lanes.shape[-1] + 1, dtype=torch.int64) * place
+    z = lanes.long()
+    if lanes.dtype is not torch.int64:
+        z &= 2 ** (8 * lanes.element_size()) - 1
+    z = z ^ key
+    z = (z ^ _shifted(z, 32)) * first
+    z = (z ^ _shifted(z, 29)) * second
+    w = (z ^ _shifted(z, 32) ^ key) * third
+    w = w ^ _shifted(w, 29)
+    return torch.stack((z.sum(-1), w.sum(-1)), -1)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """A logical shift to the right."""
+    return (x >> by) & (2 ** (64 - by) - 1)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+# Of the lane sum (kernels/kv_pack.py): odd, so that multiplying by them loses nothing. The last three are from the finalizers of
+# splitmix64 and of Pelle Evensen's rrmxmx; PLACE is 2**64 over the golden ratio.
+PLACE, FIRST, SECOND, THIRD = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9FB21C651E98DF25
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -59,3 +65,33 @@ def read_kv(kv_layer: Tensor, blocks: list[int], num_tokens: int) -> tuple[Tenso
     rows = [kv_layer[blocks[t // block_size], :, :, t % block_size] for t in range(num_tokens)]
     both = torch.stack(rows) if rows else kv_layer.new_empty(0, 2, kv_layer.shape[2], kv_layer.shape[4])
     return both[:, 0], both[:, 1]
+
+
+def lane_sums(run: Tensor) -> tuple[int, int]:
+    """The 128-bit lane sum of one run, [2, num_heads, block_size, row_lanes] of integers; see kernels/kv_pack.py."""
+    mask = 2**64 - 1
+    width = 8 * run.element_size()
+    first = second = 0
+    for place, lane in enumerate(run.flatten().tolist()):
+        key = (place + 1) * PLACE & mask
+        z = (lane & (2**width - 1)) ^ key
+        z = (z ^ (z >> 32)) * FIRST & mask
+        z = (z ^ (z >> 29)) * SECOND & mask
+        w = (z ^ (z >> 32) ^ key) * THIRD & mask
+        w ^= w >> 29
+        first, second = first + z & mask, second + w & mask
+    return first, second
+
+
+def move_runs(
+    source: Tensor, target: Tensor, source_blocks: Sequence[int], target_blocks: Sequence[int], num_used: Sequence[int]
+) -> None:
+    """Run by run: blocks of `source` into blocks of `target`, with zeros behind the used slots.
+
+    Both [num_layers, num_blocks, 2, num_heads, block_size, head_dim], of one shape but for num_blocks.
+    """
+    for layer in range(source.shape[0]):
+        for block, into, used in zip(source_blocks, target_blocks, num_used, strict=True):
+            run = source[layer, block].clone()
+            run.view(torch.uint8)[:, :, used:] = 0
+            target[layer, into] = run

@@ -1,8 +1,8 @@
-"""The hand-off of KV as two pure state machines: `Inbound` for all grants of a decode worker, `Outbound` for those of a
-prefill worker.
+"""The hand-off of KV as two pure state machines: `Inbound` (here) for all grants of a decode worker, `Outbound` (outbound.py) for
+those of a prefill worker.
 
 No I/O, no threads, no clock of its own: callers pass `now` (seconds, monotonic, their own clock) and carry out what is
-returned. Used by decode/worker.py and prefill/worker.py; the simulator and the fault tests use the very same classes.
+returned. Used by decode/handover.py and prefill/worker.py; the simulator and the fault tests use the very same classes.
 
 Inbound, per grant ("the blocks" are the written ones, `written_blocks(grant)`; cached ones are only read and never at
 risk):
@@ -14,6 +14,11 @@ risk):
                     │  └─ writer_done() / writer_lost() / cancelled(writer_stopped=True) ────────> RELEASED   RELEASE
                     └──── cancelled(writer_stopped=False) ──> QUARANTINED                          QUARANTINE
                                                                  └─ writer_done() / writer_lost() > RELEASED   LIFT
+
+check_landed() moves nothing. While RESERVED it says whether a `Landed` may be believed: its runs may be hashed now, and what it
+claims may be held against the blocks once the writer is gone. A block whose claims then hold is worth keeping: RELEASE and LIFT
+give it back to the prefix cache under its hash instead of to the free ones. The worker reads it for that only after the effect,
+when no store can happen any more; until it has, the block is given to nobody.
 
 Outbound, per grant:
 
@@ -34,9 +39,10 @@ from __future__ import annotations
 import enum
 from typing import Generic, TypeVar
 
+from kvtransfer.layout import num_rows
 from protocol.errors import TransferFailed
 from protocol.kv import KVLayout
-from protocol.ticket import FirstToken, Grant, Manifest, is_authentic, sign
+from protocol.ticket import Grant, Landed, Manifest, is_authentic
 
 DIGEST_NBYTES = 16
 MEMORY_S = 600.0  # how long ended ids and seen epochs are remembered: far longer than any message can be under way
@@ -100,7 +106,7 @@ _Key = TypeVar("_Key")
 _Phase = TypeVar("_Phase", InboundPhase, OutboundPhase)
 
 
-class _Memory(dict[_Key, tuple[float, int]]):
+class Memory(dict[_Key, tuple[float, int]]):
     """Ids with the time they were put in, oldest first; `prune` drops what is older than memory_s."""
 
     def put(self, key: _Key, now: float, value: int = 0) -> None:
@@ -115,7 +121,7 @@ class _Memory(dict[_Key, tuple[float, int]]):
             del self[key]
 
 
-class _Held(Generic[_Phase]):
+class Held(Generic[_Phase]):
     """One open grant, when its lease ends, and where it stands."""
 
     def __init__(self, grant: Grant, expires: float, phase: _Phase) -> None:
@@ -141,9 +147,9 @@ class Inbound:
         self._layout = layout
         self._secret = secret
         self._memory_s = memory_s
-        self._held: dict[str, _Held[InboundPhase]] = {}
-        self._ended: _Memory[str] = _Memory()  # ids of grants that are over
-        self._epochs: _Memory[str] = _Memory()  # request_id -> newest epoch granted
+        self._held: dict[str, Held[InboundPhase]] = {}
+        self._ended: Memory[str] = Memory()  # ids of grants that are over
+        self._epochs: Memory[str] = Memory()  # request_id -> newest epoch granted
         self._now = float("-inf")
 
     def __contains__(self, grant_id: str) -> bool:
@@ -166,6 +172,10 @@ class Inbound:
         """Grants whose writer still owes its word; ask again with StopWriting."""
         return [held.grant for held in self._held.values() if held.phase is InboundPhase.QUARANTINED]
 
+    def grants_of(self, prefill_incarnation: str) -> list[Grant]:
+        """All that this life of a prefill worker was to write and that are not over."""
+        return [held.grant for held in self._held.values() if held.grant.prefill_incarnation == prefill_incarnation]
+
     def granted(self, grant: Grant, now: float) -> list[str]:
         """Our own signed grant leaves the worker; its lease runs from now. -> ids of older attempts of the same
         request, now void: cancel each of them (they can never be sealed).
@@ -177,15 +187,15 @@ class Inbound:
         assert grant.decode_incarnation == self._incarnation, "a grant names the worker that gives it"
         assert grant.layout == self._layout, "a grant names the layout of our pool"
         assert grant.prefill_incarnation, "a grant without a writer needs no hand-off"
+        newest = self._epochs.get(grant.request_id, (0.0, -1))[1]
+        if grant.epoch <= newest:  # first: a Reserve that comes twice asks for an id that was used, and that is not our mistake
+            raise TransferFailed(
+                f"request {grant.request_id}: epoch {grant.epoch} is stale, this worker already granted epoch {newest}"
+            )
         assert grant.grant_id not in self._held, f"grant id {grant.grant_id} is in use"
         assert grant.grant_id not in self._ended, f"grant id {grant.grant_id} was used before"
         assert 0 <= grant.num_cached_blocks <= len(grant.block_ids), "more cached blocks than blocks"
         assert grant.lease_s > 0, "a lease is longer than nothing"
-        newest = self._epochs.get(grant.request_id, (0.0, -1))[1]
-        if grant.epoch <= newest:
-            raise TransferFailed(
-                f"request {grant.request_id}: epoch {grant.epoch} is stale, this worker already granted epoch {newest}"
-            )
         taken = set(written_blocks(grant))
         assert len(taken) == len(written_blocks(grant)), "a block twice in one grant"
         for held in self._held.values():
@@ -196,7 +206,7 @@ class Inbound:
             if held.grant.request_id == grant.request_id and held.phase is InboundPhase.RESERVED
         ]
         self._epochs.put(grant.request_id, now, grant.epoch)
-        self._held[grant.grant_id] = _Held(grant, now + grant.lease_s, InboundPhase.RESERVED)
+        self._held[grant.grant_id] = Held(grant, now + grant.lease_s, InboundPhase.RESERVED)
         return older
 
     def check_seal(self, manifest: Manifest, now: float) -> None:
@@ -229,6 +239,32 @@ class Inbound:
         if newest != grant.epoch:
             raise TransferFailed(f"manifest refused: epoch {grant.epoch} is stale, epoch {newest} was granted since")
         self._move(held, InboundPhase.VERIFYING)
+
+    def check_landed(self, landed: Landed, now: float) -> Grant | None:
+        """The grant of which these runs may be hashed ahead of the seal; None: it is over, or sealing has begun. Moves nothing.
+
+        Raises TransferFailed with the reason when the paper is forged, or names what the grant does not hold.
+        """
+        self._tick(now)
+        if not is_authentic(landed, self._secret):
+            raise TransferFailed("landed runs refused: the MAC is not ours (is the cluster secret the same on every worker?)")
+        held = self._held.get(landed.grant_id)
+        if held is None or held.phase is not InboundPhase.RESERVED or now >= held.expires:
+            return None
+        grant = held.grant
+        _compare_names(grant, landed, "landed runs")
+        rows = num_rows(grant.layout, grant.source, grant.target)
+        fits = (
+            0 <= landed.row < landed.row + landed.num_rows <= rows
+            and grant.num_cached_blocks <= landed.first < landed.first + landed.count <= len(grant.block_ids)
+            and len(landed.digests) == landed.num_rows * landed.count * DIGEST_NBYTES
+        )
+        if not fits:
+            raise TransferFailed(
+                f"landed runs refused: rows {landed.row} + {landed.num_rows} of {rows}, blocks {landed.first} + {landed.count} of "
+                f"{len(grant.block_ids)}, {len(landed.digests)} bytes of digests"
+            )
+        return grant
 
     def verified(self, grant_id: str, ok: bool) -> Effect:
         """Verification ended. KEEP: the blocks are good and belong to the sequence. RELEASE: wrong bytes, or cancelled
@@ -293,7 +329,7 @@ class Inbound:
                 other = owners.setdefault(block, held.grant.grant_id)
                 assert other == held.grant.grant_id, f"block {block} is in grants {other} and {held.grant.grant_id}"
 
-    def _writer_gone(self, held: _Held[InboundPhase]) -> Effect:
+    def _writer_gone(self, held: Held[InboundPhase]) -> Effect:
         if held.phase is InboundPhase.QUARANTINED:
             self._end(held, InboundPhase.RELEASED)
             return Effect.LIFT
@@ -302,11 +338,11 @@ class Inbound:
             return Effect.RELEASE
         return Effect.KEEP
 
-    def _move(self, held: _Held[InboundPhase], target: InboundPhase) -> None:
+    def _move(self, held: Held[InboundPhase], target: InboundPhase) -> None:
         assert target in INBOUND_MOVES[held.phase], f"no move from {held.phase.value} to {target.value}"
         held.phase = target
 
-    def _end(self, held: _Held[InboundPhase], target: InboundPhase) -> None:
+    def _end(self, held: Held[InboundPhase], target: InboundPhase) -> None:
         self._move(held, target)
         del self._held[held.grant.grant_id]
         self._ended.put(held.grant.grant_id, self._now)
@@ -319,170 +355,19 @@ class Inbound:
 
 def _compare(grant: Grant, manifest: Manifest) -> None:
     """Raises TransferFailed with both values of the first thing on which the two papers differ."""
-    for name in ("request_id", "epoch", "decode_incarnation", "prefill_incarnation"):
-        ours, theirs = getattr(grant, name), getattr(manifest, name)
-        if ours != theirs:
-            raise TransferFailed(f"manifest refused: {name} is {ours!r} in the grant, {theirs!r} in the manifest")
+    _compare_names(grant, manifest, "manifest")
     if difference := grant.layout.difference(manifest.layout):
         raise TransferFailed(f"manifest refused: layouts differ: {difference}")
     num_written = len(written_blocks(grant))
     if manifest.num_written != num_written:
         raise TransferFailed(f"manifest refused: {num_written} blocks were granted, {manifest.num_written} written")
-    expected = num_written * grant.layout.num_layers * DIGEST_NBYTES
+    expected = num_written * num_rows(grant.layout, grant.source, grant.target) * DIGEST_NBYTES
     if len(manifest.digests) != expected:
         raise TransferFailed(f"manifest refused: {len(manifest.digests)} bytes of digests, expected {expected}")
 
 
-class Outbound:
-    """All grants that this life of a prefill worker writes into. Not thread-safe: one event loop owns it.
-
-    Source blocks must keep their bytes until the grant is over here (`sealed` returned, or `aborted` was called).
-    """
-
-    def __init__(self, incarnation: str, layout: KVLayout, secret: bytes, *, memory_s: float = MEMORY_S) -> None:
-        self._incarnation = incarnation
-        self._layout = layout
-        self._secret = secret
-        self._memory_s = memory_s
-        self._held: dict[str, _Held[OutboundPhase]] = {}
-        self._void: _Memory[str] = _Memory()  # ids never to be written (again): used, aborted, or stopped before they came
-        self._epochs: _Memory[str] = _Memory()
-        self._now = float("-inf")
-
-    def __contains__(self, grant_id: str) -> bool:
-        return grant_id in self._held
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def grant(self, grant_id: str) -> Grant | None:
-        """The grant, while it is not over."""
-        held = self._held.get(grant_id)
-        return held.grant if held else None
-
-    def phase(self, grant_id: str) -> OutboundPhase | None:
-        """None: unknown or over."""
-        held = self._held.get(grant_id)
-        return held.phase if held else None
-
-    def opened(self, grant: Grant, now: float) -> None:
-        """Take a grant that came with a Prefill message, once. Raises TransferFailed: forged, not for us, used,
-        stopped, stale.
-
-        Its lease began earlier, at the decode worker; ours runs from now, so decode's ends first and it is decode that
-        decides.
-        """
-        self._tick(now)
-        if not is_authentic(grant, self._secret):
-            raise TransferFailed("grant refused: its MAC is not ours (is the cluster secret the same on every worker?)")
-        if grant.prefill_incarnation != self._incarnation:
-            raise TransferFailed(
-                f"grant refused: it is for prefill incarnation {grant.prefill_incarnation!r}, this is {self._incarnation!r}"
-            )
-        if difference := self._layout.difference(grant.layout):
-            raise TransferFailed(f"grant refused: layouts differ: {difference}")
-        if grant.grant_id in self._held or grant.grant_id in self._void:
-            raise TransferFailed(f"grant refused: {grant.grant_id} was already used, or stopped by its decode worker")
-        newest = self._epochs.get(grant.request_id, (0.0, -1))[1]
-        if grant.epoch <= newest:
-            raise TransferFailed(f"grant refused: epoch {grant.epoch} of {grant.request_id} is stale, {newest} came before")
-        self._epochs.put(grant.request_id, now, grant.epoch)
-        self._held[grant.grant_id] = _Held(grant, now + grant.lease_s, OutboundPhase.OPENED)
-
-    def pushing(self, grant_id: str) -> bool:
-        """May runs of this grant be pushed? Ask before each push. False: it is void or finishing, do not."""
-        held = self._held.get(grant_id)
-        if held is None or held.phase not in (OutboundPhase.OPENED, OutboundPhase.PUSHING):
-            return False
-        if held.phase is OutboundPhase.OPENED:
-            self._move(held, OutboundPhase.PUSHING)
-        return True
-
-    def finishing(self, grant_id: str) -> None:
-        """Every run is pushed; sender.finish() follows. Raises TransferFailed when the grant became void meanwhile."""
-        self._move(self._live(grant_id), OutboundPhase.FINISHING)
-
-    def sealed(self, grant_id: str, digests: bytes, first_tokens: tuple[FirstToken, ...]) -> Manifest:
-        """sender.finish() returned these digests: nothing of ours is under way. -> the signed manifest, the writer's
-        word that it has stopped; the grant is over here. Raises TransferFailed when it became void meanwhile (abort it
-        then)."""
-        held = self._live(grant_id)
-        grant = held.grant
-        num_written = len(written_blocks(grant))
-        assert len(digests) == num_written * grant.layout.num_layers * DIGEST_NBYTES, "digests of another grant"
-        self._end(held, OutboundPhase.SEALED)
-        manifest = Manifest(
-            grant_id=grant.grant_id,
-            request_id=grant.request_id,
-            epoch=grant.epoch,
-            decode_incarnation=grant.decode_incarnation,
-            prefill_incarnation=grant.prefill_incarnation,
-            num_written=num_written,
-            layout=grant.layout,
-            digests=digests,
-            first_tokens=first_tokens,
-        )
-        return sign(manifest, self._secret)
-
-    def stop_writing(self, grant_id: str, now: float) -> bool:
-        """Decode says that the grant is void. True: nothing of ours is under way and never will be, acknowledge now.
-        False: await sender.abort(grant_id), call aborted(grant_id), then acknowledge.
-
-        A grant that has not come yet is remembered: its Prefill message, still on the way, will be refused.
-        """
-        self._tick(now)
-        held = self._held.get(grant_id)
-        if held is None:
-            self._void.put(grant_id, self._now)
-            return True
-        self._abort(held)
-        return False
-
-    def failing(self, grant_id: str) -> bool:
-        """Our side gives up (cancelled, engine error, finish failed). -> True: sender.abort, then aborted(), then
-        WriterDone. False: it is over already, nothing to do."""
-        held = self._held.get(grant_id)
-        if held is None:
-            return False
-        self._abort(held)
-        return True
-
-    def aborted(self, grant_id: str) -> None:
-        """sender.abort() returned: no store of ours can happen any more. The grant is over here. Idempotent."""
-        held = self._held.get(grant_id)
-        if held is not None:
-            self._end(held, OutboundPhase.ABORTED)
-
-    def expired(self, now: float) -> list[str]:
-        """Grants that outlived their lease: decode has given them up. Fail each of them."""
-        self._tick(now)
-        return [
-            held.grant.grant_id for held in self._held.values() if held.phase is not OutboundPhase.ABORTING and now >= held.expires
-        ]
-
-    def next_expiry(self) -> float | None:
-        return min((held.expires for held in self._held.values() if held.phase is not OutboundPhase.ABORTING), default=None)
-
-    def _live(self, grant_id: str) -> _Held[OutboundPhase]:
-        held = self._held.get(grant_id)
-        if held is None or held.phase is OutboundPhase.ABORTING:
-            raise TransferFailed(f"grant {grant_id} was stopped by its decode worker, or is over")
-        return held
-
-    def _abort(self, held: _Held[OutboundPhase]) -> None:
-        if held.phase is not OutboundPhase.ABORTING:
-            self._move(held, OutboundPhase.ABORTING)
-
-    def _move(self, held: _Held[OutboundPhase], target: OutboundPhase) -> None:
-        assert target in OUTBOUND_MOVES[held.phase], f"no move from {held.phase.value} to {target.value}"
-        held.phase = target
-
-    def _end(self, held: _Held[OutboundPhase], target: OutboundPhase) -> None:
-        self._move(held, target)
-        del self._held[held.grant.grant_id]
-        self._void.put(held.grant.grant_id, self._now)
-
-    def _tick(self, now: float) -> None:
-        self._now = max(self._now, now)
-        self._void.prune(self._now - self._memory_s)
-        self._epochs.prune(self._now - self._memory_s)
+def _compare_names(grant: Grant, paper: Manifest | Landed, what: str) -> None:
+    for name in ("request_id", "epoch", "decode_incarnation", "prefill_incarnation"):
+        ours, theirs = getattr(grant, name), getattr(paper, name)
+        if ours != theirs:
+            raise TransferFailed(f"{what} refused: {name} is {ours!r} in the grant, {theirs!r} in the {what}")

@@ -14,7 +14,7 @@ import msgspec
 
 from protocol.errors import Unsupported
 from protocol.kv import DTYPE_NBYTES, KVLayout
-from protocol.parallel import Parallel, heads_of, layers_of
+from protocol.parallel import ALONE, Parallel, heads_of, layers_of
 from protocol.ticket import Grant
 
 K, V = 0, 1
@@ -81,6 +81,12 @@ def contiguous(pairs: Sequence[tuple[int, int]], alone: int | None = None) -> It
     >>> list(contiguous([(7, 0), (8, 1), (3, 2)]))
     [(7, 0, 2), (3, 2, 1)]
     """
+    num_joined = len(pairs) - (alone is not None and len(pairs) > 0 and pairs[-1][1] == alone)
+    if num_joined > 1 and _is_one_stretch(pairs[:num_joined], alone):  # nearly all of what is asked
+        yield *pairs[0], num_joined
+        for source, target in pairs[num_joined:]:
+            yield source, target, 1
+        return
     start = 0
     for i in range(1, len(pairs) + 1):
         if i < len(pairs):
@@ -89,6 +95,14 @@ def contiguous(pairs: Sequence[tuple[int, int]], alone: int | None = None) -> It
                 continue
         yield pairs[start][0], pairs[start][1], i - start
         start = i
+
+
+def _is_one_stretch(pairs: Sequence[tuple[int, int]], alone: int | None) -> bool:
+    """At C speed."""
+    (source, target), count = pairs[0], len(pairs)
+    if alone is not None and target <= alone < target + count:
+        return False
+    return list(pairs) == list(zip(range(source, source + count), range(target, target + count), strict=True))
 
 
 def rank_layout(layout: KVLayout, parallel: Parallel, rank: int) -> KVLayout:
@@ -109,6 +123,28 @@ def check_split(layout: KVLayout, parallel: Parallel) -> None:
         raise Unsupported(f"{layout.num_kv_heads} KV heads cannot be copied evenly to {parallel.tp_size} tensor ranks")
 
 
+class Place(msgspec.Struct, frozen=True):
+    """One rank of a worker: the whole model's layout, the sizes of its group, and which of its ranks."""
+
+    layout: KVLayout
+    parallel: Parallel = ALONE
+    rank: int = 0
+
+    def check_pool(self, layout: KVLayout) -> None:
+        """A pool of this layout is the one of this place."""
+        expected = rank_layout(self.layout, self.parallel, self.rank)
+        assert layout == expected, f"rank {self.rank} of {self.parallel} has a pool of {layout}, expected {expected}"
+
+
+class Area(msgspec.Struct, frozen=True):
+    """A rectangle of layers and heads of one rank's pool, in that pool's own numbers."""
+
+    layer: int
+    num_layers: int
+    head: int
+    num_heads: int
+
+
 class Route(msgspec.Struct, frozen=True):
     """What one rank of a prefill worker writes to one rank of a decode worker: a rectangle of layers and heads.
 
@@ -126,6 +162,14 @@ class Route(msgspec.Struct, frozen=True):
     source_head: int
     target_layer: int
     target_head: int
+
+    @property
+    def source_area(self) -> Area:
+        return Area(self.source_layer, self.num_layers, self.source_head, self.num_heads)
+
+    @property
+    def target_area(self) -> Area:
+        return Area(self.target_layer, self.num_layers, self.target_head, self.num_heads)
 
     def layout(self, whole: KVLayout) -> KVLayout:
         return msgspec.structs.replace(whole, num_layers=self.num_layers, num_kv_heads=self.num_heads)
@@ -164,6 +208,27 @@ def plan_routes(layout: KVLayout, source: Parallel, target: Parallel) -> tuple[R
                     )
                 )
     return tuple(routes)
+
+
+@functools.lru_cache(maxsize=256)
+def rows_of(layout: KVLayout, source: Parallel, target: Parallel) -> tuple[tuple[Route, int], ...]:
+    """Each route with the number of its first row in manifests (protocol/ticket.py): one row per layer of each route."""
+    first, placed = 0, []
+    for route in plan_routes(layout, source, target):
+        placed.append((route, first))
+        first += route.num_layers
+    return tuple(placed)
+
+
+def num_rows(layout: KVLayout, source: Parallel, target: Parallel) -> int:
+    route, first = rows_of(layout, source, target)[-1]
+    return first + route.num_layers
+
+
+def route_between(layout: KVLayout, source: Parallel, source_rank: int, target: Parallel, target_rank: int) -> Route | None:
+    """The one route from one rank to another; None: these two have nothing to say to each other."""
+    ends = (source_rank, target_rank)
+    return next((route for route in plan_routes(layout, source, target) if (route.source, route.target) == ends), None)
 
 
 def _writers(layout: KVLayout, source: Parallel, target: Parallel, target_rank: int) -> Iterator[int]:

@@ -12,11 +12,12 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-
-from kvtransfer.outgoing import Lane, Piece, Transfer, check_grant, never_pushed
+from kvtransfer.arrivals import Arrivals
+from kvtransfer.layout import Area
+from kvtransfer.outgoing import Lane, Piece, Source, Transfer, never_pushed, tell_stored
 from kvtransfer.pool import KVPool
-from kvtransfer.transport import Pair, TransferStats
+from kvtransfer.transport import OnStored, Pair, TransferStats
+from kvtransfer.view import AnyView, view_of
 from protocol.errors import HandshakeRefused, TandemError, TransferFailed
 from protocol.kv import KVEndpoint, KVLayout, MemoryEndpoint
 from protocol.ticket import Grant
@@ -41,7 +42,7 @@ class MemoryReceiver:
     def endpoint(self) -> MemoryEndpoint:
         return self._endpoint
 
-    def expect(self, grant: Grant) -> None:
+    def expect(self, grant: Grant, arrivals: Arrivals | None = None) -> None:
         with self._lock:
             self._live[grant.grant_id] = grant
 
@@ -56,34 +57,24 @@ class MemoryReceiver:
             self._live.clear()
             self._can_refuse = True
 
-    def store(self, grant: Grant, incarnation: str, layer: int, pieces: Iterable[Piece]) -> None:
-        """Called by the sender. Raises TransferFailed when the grant is not live."""
+    def store(self, view: AnyView, grant: Grant, incarnation: str, layer: int, pieces: Iterable[Piece]) -> None:
+        """Called by the sender, with the part of our pool that is its route's. Raises TransferFailed when the grant is not live."""
         with self._lock:
             if self._can_refuse and self._live.get(grant.grant_id) != grant:
                 raise TransferFailed(f"the decode worker refuses grant {grant.grant_id}: it is unknown or over")
             if incarnation != grant.prefill_incarnation:
                 raise TransferFailed(f"grant {grant.grant_id} is for {grant.prefill_incarnation}, not for {incarnation}")
-            store_pieces(self.pool.runs[layer], grant, pieces)
-
-
-def store_pieces(rows: np.ndarray, grant: Grant, pieces: Iterable[Piece]) -> None:
-    """Copy pieces into the granted blocks of one layer. rows: [num_blocks, run_nbytes] of the receiving pool.
-
-    np.copyto lets the GIL go, which slice assignment between memoryviews does not.
-    """
-    for first, data in pieces:
-        start = 0
-        blocks = grant.block_ids[first : first + len(data)]
-        for i in range(1, len(blocks) + 1):
-            if i == len(blocks) or blocks[i] != blocks[i - 1] + 1:
-                np.copyto(rows[blocks[start] : blocks[start] + i - start], data[start:i])
-                start = i
+            for first, data in pieces:
+                view.write(layer, grant.block_ids[first : first + len(data)], data)
 
 
 class MemoryLane:
-    """See outgoing.Lane. Raises HandshakeRefused when there is no such pool in this process."""
+    """See outgoing.Lane. layout: of the peer rank's pool; area: the route's part of it.
 
-    def __init__(self, endpoint: MemoryEndpoint, layout: KVLayout, incarnation: str) -> None:
+    Raises HandshakeRefused when there is no such pool in this process.
+    """
+
+    def __init__(self, endpoint: MemoryEndpoint, layout: KVLayout, incarnation: str, area: Area | None = None) -> None:
         receiver = _receivers.get(endpoint.pool_id)
         if receiver is None:
             raise HandshakeRefused(f"there is no KV pool {endpoint.pool_id} in this process")
@@ -92,6 +83,7 @@ class MemoryLane:
         self.endpoint = endpoint
         self.num_blocks = receiver.pool.num_blocks
         self._receiver = receiver
+        self._view = view_of(receiver.pool, area)
         self._incarnation = incarnation
 
     def attach(self, on_broken: Callable[[], None]) -> None:
@@ -107,7 +99,7 @@ class MemoryLane:
         pass
 
     def store(self, transfer: Transfer, layer: int, pieces: Iterable[Piece]) -> None:
-        self._receiver.store(transfer.grant, self._incarnation, layer, pieces)
+        self._receiver.store(self._view, transfer.grant, self._incarnation, layer, pieces)
 
     def fence(self, transfer: Transfer) -> None:
         transfer.landed(transfer.num_runs - transfer.num_missing)
@@ -117,19 +109,26 @@ class MemoryLane:
 
 
 class DirectSender:
-    """A `Sender` (transport.py) over a lane that never waits: everything has been stored when `push` returns."""
+    """A `RouteSender` (transport.py) over a lane that never waits: everything has been stored when `push` returns.
 
-    def __init__(self, lane: Lane, pool: KVPool) -> None:
+    on_stored: as in outbox.py, here called in the thread that pushes.
+    """
+
+    def __init__(self, lane: Lane, source: Source, on_stored: OnStored | None = None) -> None:
         self.stats = TransferStats()
         self._lane = lane
-        self._pool = pool
+        self._source = source
+        self._on_stored = on_stored
         self._transfers: dict[str, Transfer] = {}
         self._storing = threading.Lock()  # held during a store: `push` is the engine's thread, `abort` the event loop
 
+    async def ready(self, timeout: float) -> None:
+        pass
+
     def open(self, grant: Grant, endpoint: KVEndpoint) -> None:
-        check_grant(grant, endpoint, self._lane.endpoint, self._pool, self._lane.num_blocks)
+        self._source.check_grant(grant, endpoint, self._lane.endpoint, self._lane.num_blocks)
         assert grant.grant_id not in self._transfers, f"grant {grant.grant_id} is open already"
-        self._transfers[grant.grant_id] = Transfer(grant, self._pool)
+        self._transfers[grant.grant_id] = Transfer(grant, self._source)
 
     def push(self, grant_id: str, layer: int, pairs: Sequence[Pair]) -> bool:
         transfer = self._transfers.get(grant_id)
@@ -140,7 +139,10 @@ class DirectSender:
         try:
             with self._storing:
                 if transfer.failure is None:
+                    self._source.view.wait(self._source.view.mark())
                     self._lane.store(transfer, layer, transfer.prepare(layer, pairs))
+                    if self._on_stored is not None:
+                        tell_stored(self._on_stored, transfer, layer, pairs)
         except TandemError as error:
             transfer.fail(error)
         self.stats.seconds += time.perf_counter() - started

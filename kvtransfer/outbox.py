@@ -1,4 +1,4 @@
-"""The sender of a transport that works in a thread of its own: a bounded queue in front, one lane behind.
+"""The sender of one route over a transport that works in a thread of its own: a bounded queue in front, one lane behind.
 
     engine thread: push ──> [bounded queue] ──> sender thread: hash, lane.store ──> the peer's blocks
     event loop:    finish, abort ──> [same queue, never refused] ──> lane.fence ──> future
@@ -9,19 +9,18 @@ Not here: how bytes travel; that is the lane's (shm.py, tcp.py). Made by link.ma
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
-from kvtransfer.outgoing import Lane, LinkBroken, Transfer, check_grant, never_pushed
-from kvtransfer.pool import KVPool
-from kvtransfer.transport import Pair, TransferStats
-from protocol.errors import DeadlineExceeded, InternalError, TandemError, TransferFailed
+from kvtransfer.outgoing import Lane, LinkBroken, Source, Transfer, never_pushed, tell_stored
+from kvtransfer.transport import OnStored, Pair, TransferStats
+from protocol.errors import DeadlineExceeded, HandshakeRefused, InternalError, TandemError, TransferFailed
 from protocol.kv import KVEndpoint
 from protocol.ticket import Grant
 
@@ -43,24 +42,36 @@ class _Job(NamedTuple):
     transfer: Transfer | None = None
     layer: int = 0
     pairs: Sequence[Pair] = ()
+    mark: Any = None  # of a device: what the engine had launched when it pushed
 
 
 class Outbox:
-    """A `Sender` (transport.py) over a lane.
+    """A `RouteSender` (transport.py) over a lane.
 
     max_queued: pushes waiting. push_timeout_s: how long a push may hold up the engine when the queue is full.
+    on_stored(grant, layer, first, digests) is called by the sender's thread for runs that the lane has taken.
     """
 
     def __init__(
-        self, lane: Lane, pool: KVPool, *, name: str = "peer", max_queued: int = 4096, push_timeout_s: float = 0.25
+        self,
+        lane: Lane,
+        source: Source,
+        *,
+        name: str = "peer",
+        max_queued: int = 4096,
+        push_timeout_s: float = 0.25,
+        on_stored: OnStored | None = None,
     ) -> None:
         self.stats = TransferStats()
         self._lane = lane
-        self._pool = pool
+        self._source = source
+        self._on_stored = on_stored
         self._max_queued = max_queued
         self._push_timeout_s = push_timeout_s
         self._changed = threading.Condition()  # guards all below; reentrant
         self._jobs: deque[_Job] = deque([_Job(_Kind.WARM)])
+        self._warmed: Future[None] = Future()
+        self._warmed.set_running_or_notify_cancel()  # a waiter that gives up must not cancel it under the thread
         self._num_pushes = 0
         self._transfers: dict[str, Transfer] = {}
         self._stopping: dict[str, Transfer] = {}  # aborted, and something of it may still be under way
@@ -73,11 +84,17 @@ class Outbox:
 
     # ---- any thread ------------------------------------------------------------------------------------------------
 
+    async def ready(self, timeout: float) -> None:
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(self._warmed), timeout)
+        except TimeoutError:
+            raise HandshakeRefused(f"{self._lane.endpoint} was not reached within {timeout:g} s") from None
+
     def open(self, grant: Grant, endpoint: KVEndpoint) -> None:
-        check_grant(grant, endpoint, self._lane.endpoint, self._pool, self._lane.num_blocks)
+        self._source.check_grant(grant, endpoint, self._lane.endpoint, self._lane.num_blocks)
         with self._changed:
             assert grant.grant_id not in self._transfers, f"grant {grant.grant_id} is open already"
-            transfer = self._transfers[grant.grant_id] = Transfer(grant, self._pool)
+            transfer = self._transfers[grant.grant_id] = Transfer(grant, self._source)
             if self._is_closing:
                 transfer.fail(TransferFailed("the KV sender is closed"))
 
@@ -96,7 +113,8 @@ class Outbox:
                 return False
             if has_room:
                 self._num_pushes += 1
-                self._jobs.append(_Job(_Kind.PUSH, transfer, layer, tuple(pairs)))
+                transfer.num_queued += 1
+                self._jobs.append(_Job(_Kind.PUSH, transfer, layer, tuple(pairs), self._source.view.mark()))
                 self._changed.notify_all()
                 return True
         transfer.fail(
@@ -114,10 +132,16 @@ class Outbox:
                 raise TransferFailed(f"no transfer of grant {grant_id} is open")
             future = transfer.wanted()
             if not transfer.is_over:
-                self._post(_Job(_Kind.FENCE, transfer))
+                if transfer.num_queued == 0 and getattr(self._lane, "lands_at_once", False):
+                    self._fence_here(transfer)  # everything has landed already: the thread need not be woken
+                else:
+                    self._post(_Job(_Kind.FENCE, transfer))
         started = time.perf_counter()
         try:
-            digests = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
+            if future.done():
+                digests = future.result()
+            else:
+                digests = await asyncio.wait_for(asyncio.wrap_future(future), timeout)
         except TimeoutError:
             error = DeadlineExceeded(f"KV of grant {grant_id} had not landed after {timeout:g} s (transfer.timeout_s)")
             transfer.fail(error)
@@ -186,10 +210,15 @@ class Outbox:
                 self._give_up(job.transfer, InternalError("the KV sender failed; the worker's log has the details"))
             if job.kind is not _Kind.WARM:
                 self.stats.seconds += time.perf_counter() - started
+            if job.kind is _Kind.PUSH and job.transfer is not None:
+                with self._changed:
+                    job.transfer.num_queued -= 1
         try:
             self._lane.close()
         except Exception:
             log.exception("KV sender: closing the lane failed")
+        if not self._warmed.done():
+            self._warmed.set_exception(HandshakeRefused("the KV sender was closed"))
         with self._changed:
             self._has_ended = True
             for transfer in list(self._stopping.values()):
@@ -209,8 +238,7 @@ class Outbox:
     def _work(self, job: _Job) -> None:
         transfer = job.transfer
         if job.kind is _Kind.WARM:
-            with contextlib.suppress(LinkBroken, TandemError):
-                self._lane.warm()
+            self._warm()
         elif job.kind is _Kind.REPAIR:
             if self._lane.is_broken():
                 self._repair(LinkBroken("the peer closed the connection"))
@@ -222,9 +250,22 @@ class Outbox:
             return
         elif job.kind is _Kind.PUSH:
             transfer.pushed.append((job.layer, job.pairs))
+            self._source.view.wait(job.mark)
             self._store(transfer, job.layer, job.pairs)
         elif job.kind is _Kind.FENCE:
             self._fence(transfer)
+
+    def _warm(self) -> None:
+        """Whoever waits in `ready` hears how it went; a transfer that comes nevertheless tries again."""
+        try:
+            self._lane.warm()
+        except (LinkBroken, TandemError) as error:
+            self._warmed.set_exception(HandshakeRefused(str(error)))
+        except Exception as error:
+            self._warmed.set_exception(HandshakeRefused(f"{type(error).__name__}: {error}"))
+            raise
+        else:
+            self._warmed.set_result(None)
 
     def _give_up(self, transfer: Transfer | None, error: TandemError) -> None:
         if transfer is not None:
@@ -234,12 +275,21 @@ class Outbox:
         before = transfer.nbytes
         self._lane.store(transfer, layer, transfer.prepare(layer, pairs))
         self.stats.nbytes += transfer.nbytes - before
+        if self._on_stored is not None:
+            tell_stored(self._on_stored, transfer, layer, pairs)
 
     def _fence(self, transfer: Transfer) -> None:
         if transfer.num_missing:
             raise never_pushed(transfer)
         transfer.is_fenced = True
         self._lane.fence(transfer)
+
+    def _fence_here(self, transfer: Transfer) -> None:
+        """By whoever finishes, where every push has been worked off and the lane needs nobody's answer."""
+        try:
+            self._fence(transfer)
+        except TandemError as error:
+            transfer.fail(error)
 
     def _stop(self, transfer: Transfer) -> None:
         """Nothing was stored, or a fence says when it has landed. Without a link only the receiver's forget() can

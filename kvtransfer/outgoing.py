@@ -1,5 +1,5 @@
-"""One transfer as its sender sees it (what was pushed, its digests, whether it ended), and the lane that carries its
-bytes.
+"""One transfer over one route as its sender sees it (what was pushed, its digests, whether it ended), what it reads, and the
+lane that carries its bytes.
 
 Not here: how bytes travel (the lanes in shm.py, tcp_lane.py, memory.py) and when (outbox.py, memory.py). Used by all of
 them.
@@ -14,18 +14,64 @@ from typing import Protocol
 
 import numpy as np
 
-from kvtransfer.digest import run_digest
 from kvtransfer.handoff import DIGEST_NBYTES
-from kvtransfer.layout import contiguous, num_used_slots, partial_index, tail_spans
+from kvtransfer.layout import Route, contiguous, num_used_slots, partial_index, plan_routes, tail_spans
 from kvtransfer.pool import KVPool
-from kvtransfer.transport import Pair
+from kvtransfer.transport import OnStored, Pair
+from kvtransfer.view import run_digest, view_of
 from protocol.errors import HandshakeRefused, TandemError, TransferFailed
-from protocol.kv import KVEndpoint
+from protocol.kv import XXH3, KVEndpoint, KVLayout
+from protocol.parallel import ALONE, Parallel
 from protocol.ticket import Grant
 
 Piece = tuple[int, np.ndarray]  # (index of the first block, its and its successors' bytes: [count, run_nbytes] uint8)
+Digest = Callable[[memoryview], bytes]
 
 PIECE_NBYTES = 1 << 20
+
+
+class Source:
+    """What a sender reads: the part of our pool that one route takes. layout: the whole model's, as it stands in papers.
+
+    Without a route: a pool that is alone, to a decode worker that is alone. digest: only a benchmark gives another. kind: of the
+    digests, as papers name it.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        route: Route | None = None,
+        layout: KVLayout | None = None,
+        source: Parallel = ALONE,
+        target: Parallel = ALONE,
+        digest: Digest = run_digest,
+        kind: str = XXH3,
+    ) -> None:
+        self.whole = layout or pool.layout
+        self.source, self.target = source, target
+        self.route = route or plan_routes(self.whole, source, target)[0]
+        self.view = view_of(pool, self.route.source_area, kind)
+        self.digest = digest if self.view.digest == XXH3 else self.view.host_digest()
+
+    def check_grant(self, grant: Grant, endpoint: KVEndpoint, ours: KVEndpoint, num_blocks: int | None) -> None:
+        """What every sender checks when a grant is opened. num_blocks: of the peer's pool, where it is known.
+
+        Raises HandshakeRefused with both values.
+        """
+        if endpoint != ours:
+            raise HandshakeRefused(f"this sender writes to {ours}, the grant wants {endpoint}; shake hands again")
+        if endpoint not in grant.endpoints:
+            raise HandshakeRefused(f"grant {grant.grant_id} names the endpoints {grant.endpoints}, not {endpoint}")
+        if difference := self.whole.difference(grant.layout):
+            raise HandshakeRefused(f"KV layouts differ: {difference}")
+        if (grant.source, grant.target) != (self.source, self.target):
+            raise HandshakeRefused(
+                f"grant {grant.grant_id} is from {grant.source} ranks to {grant.target}, this sender is from {self.source} to "
+                f"{self.target}"
+            )
+        ids = grant.block_ids
+        if num_blocks is not None and ids and not 0 <= min(ids) <= max(ids) < num_blocks:
+            raise HandshakeRefused(f"grant {grant.grant_id} names blocks {min(ids)}..{max(ids)}, the peer's pool has {num_blocks}")
 
 
 class Transfer:
@@ -35,14 +81,17 @@ class Transfer:
     ending wins.
     """
 
-    def __init__(self, grant: Grant, pool: KVPool) -> None:
+    def __init__(self, grant: Grant, source: Source) -> None:
         self.grant = grant
+        self.layout = source.view.layout  # of the route
         self.pushed: list[tuple[int, Sequence[Pair]]] = []  # what has been handed to the lane, for a replay
+        self.num_queued = 0  # pushes that the outbox has not worked off; guarded by its lock
         self.num_retries = 0
         self.is_fenced = False  # finish() was reached in the queue
         self.failure: TandemError | None = None
         self.nbytes = 0
-        self._pool = pool
+        self._view = source.view
+        self._digest = source.digest
         self._num_written = len(grant.block_ids) - grant.num_cached_blocks
         self._partial = partial_index(grant)
         self._digests = bytearray(self.num_runs * DIGEST_NBYTES)
@@ -58,7 +107,7 @@ class Transfer:
 
     @property
     def num_runs(self) -> int:
-        return self.grant.layout.num_layers * self._num_written
+        return self.layout.num_layers * self._num_written
 
     @property
     def num_missing(self) -> int:
@@ -68,24 +117,27 @@ class Transfer:
     def check_push(self, layer: int, pairs: Sequence[Pair]) -> None:
         """Asserts that the caller stays inside the grant and its own pool."""
         grant = self.grant
-        assert 0 <= layer < grant.layout.num_layers, f"push of layer {layer} of {grant.layout.num_layers}"
+        assert 0 <= layer < self.layout.num_layers, f"push of layer {layer} of {self.layout.num_layers}"
         for block, index in pairs:
-            assert 0 <= block < self._pool.num_blocks, f"push of block {block} of {self._pool.num_blocks}"
+            assert 0 <= block < self._view.num_blocks, f"push of block {block} of {self._view.num_blocks}"
             assert grant.num_cached_blocks <= index < len(grant.block_ids), f"push to index {index}, outside of the grant"
 
-    def prepare(self, layer: int, pairs: Sequence[Pair]) -> Iterator[Piece]:
-        """Hash the runs and yield them as few pieces, views of the pool where possible. A piece fits into a core's own cache,
+    def prepare(self, layer: int, pairs: Sequence[Pair]) -> Prepared:
+        """The runs of one push, for a lane: hashed as they are iterated over, in host memory."""
+        return Prepared(self, layer, pairs)
+
+    def pieces(self, layer: int, pairs: Sequence[Pair]) -> Iterator[Piece]:
+        """Hash the runs and yield them as few pieces, the pool's own memory where possible. A piece fits into a core's own cache,
         so that copying or sending it right away does not read memory a second time.
 
         The end of a partly filled last block still holds whatever the block held before, perhaps another tenant's KV.
         Zeroing it in place would be a second writer in the engine's block, so that one run per layer goes through a
         small copy with a zeroed end: what is sent, and what is hashed, holds this request's tokens and nothing else.
         """
-        rows = self._pool.runs[layer]  # [num_blocks, run_nbytes]
-        most = max(1, PIECE_NBYTES // self.grant.layout.run_nbytes)
+        most = max(1, PIECE_NBYTES // self.layout.run_nbytes)
         for block, index, count in contiguous(pairs, alone=self._partial):
             for done in range(0, count, most):
-                data = rows[block + done : block + min(done + most, count)]
+                data = self._view.read(layer, block + done, min(most, count - done))
                 if index == self._partial:
                     data = self._with_zeroed_end(data)
                 self._hash(layer, index + done, data)
@@ -93,7 +145,7 @@ class Transfer:
                 yield index + done, data
 
     def _with_zeroed_end(self, data: np.ndarray) -> np.ndarray:
-        layout = self.grant.layout
+        layout = self.layout
         copy = data.copy()
         assert self._partial is not None
         for span in tail_spans(layout, num_used_slots(layout, self.grant.num_tokens, self._partial)):
@@ -102,14 +154,36 @@ class Transfer:
 
     def _hash(self, layer: int, index: int, data: np.ndarray) -> None:
         width = data.shape[1]
-        flat = data.reshape(-1).data
+        flat, digest = data.reshape(-1).data, self._digest
         place = layer * self._num_written + index - self.grant.num_cached_blocks
-        for i in range(data.shape[0]):
-            at = (place + i) * DIGEST_NBYTES
-            self._digests[at : at + DIGEST_NBYTES] = run_digest(flat[i * width : (i + 1) * width])
-            if not self._is_hashed[place + i]:
-                self._is_hashed[place + i] = 1
-                self._num_hashed += 1
+        count = data.shape[0]
+        digests = b"".join([digest(flat[i * width : (i + 1) * width]) for i in range(count)])
+        self._digests[place * DIGEST_NBYTES : (place + count) * DIGEST_NBYTES] = digests
+        self._num_hashed += self._is_hashed.count(0, place, place + count)
+        self._is_hashed[place : place + count] = b"\x01" * count
+
+    def num_used(self, index: int) -> int:
+        """Slots of a block of the grant that hold a token; the rest goes out as zeros."""
+        return num_used_slots(self.layout, self.grant.num_tokens, index)
+
+    def carried(self, layer: int, indexes: Sequence[int]) -> None:
+        """A lane that does not iterate has taken these runs; their digests come by `put_digests`, before `landed`."""
+        for first, _, count in _stretches(indexes):
+            place = layer * self._num_written + first - self.grant.num_cached_blocks
+            self._num_hashed += self._is_hashed.count(0, place, place + count)
+            self._is_hashed[place : place + count] = b"\x01" * count
+        self.nbytes += len(indexes) * self.layout.run_nbytes
+
+    def put_digests(self, layer: int, indexes: Sequence[int], digests: bytes) -> None:
+        """16 bytes for each of these runs."""
+        for first, done, count in _stretches(indexes):
+            at = (layer * self._num_written + first - self.grant.num_cached_blocks) * DIGEST_NBYTES
+            self._digests[at : at + count * DIGEST_NBYTES] = digests[done * DIGEST_NBYTES : (done + count) * DIGEST_NBYTES]
+
+    def digests_of(self, layer: int, first: int, count: int) -> bytes:
+        """The digests of `count` runs that were prepared, from index `first` of the grant's blocks on."""
+        place = (layer * self._num_written + first - self.grant.num_cached_blocks) * DIGEST_NBYTES
+        return bytes(self._digests[place : place + count * DIGEST_NBYTES])
 
     def wanted(self) -> Future[bytes]:
         """The future that ends with the digests or with the failure. One per transfer."""
@@ -154,6 +228,25 @@ class Transfer:
                 self._done.set_exception(error)
 
 
+def _stretches(indexes: Sequence[int]) -> Iterable[tuple[int, int, int]]:
+    """(first index, how many came before it, count). Most pushes are one stretch, and that is seen at C speed."""
+    if indexes and list(indexes) == list(range(indexes[0], indexes[0] + len(indexes))):
+        return [(indexes[0], 0, len(indexes))]
+    return contiguous(list(zip(indexes, range(len(indexes)), strict=True)))
+
+
+class Prepared:
+    """The runs of one push. Iterating reads and hashes them; a lane from GPU to GPU takes `pairs` and reads the device itself."""
+
+    def __init__(self, transfer: Transfer, layer: int, pairs: Sequence[Pair]) -> None:
+        self.pairs = pairs
+        self._transfer = transfer
+        self._layer = layer
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._transfer.pieces(self._layer, self.pairs)
+
+
 class LinkBroken(Exception):
     """The lane's connection is gone; a new one may work. Stays inside kvtransfer/."""
 
@@ -193,7 +286,8 @@ class Lane(Protocol):
         ...
 
     def fence(self, transfer: Transfer) -> None:
-        """Have transfer.landed(n) called, now or later, once everything stored for it has reached the peer's pool."""
+        """Called from any thread instead where a lane says `lands_at_once = True`: what `store` has taken lies in the peer's pool.
+        Have transfer.landed(n) called, now or later, once everything stored for it has reached the peer's pool."""
         ...
 
     def close(self) -> None: ...
@@ -205,18 +299,7 @@ def never_pushed(transfer: Transfer) -> TransferFailed:
     )
 
 
-def check_grant(grant: Grant, endpoint: KVEndpoint, ours: KVEndpoint, pool: KVPool, num_blocks: int | None) -> None:
-    """What every sender checks when a grant is opened. num_blocks: of the peer's pool, where it is known.
-
-    Raises HandshakeRefused with both values.
-    """
-    if endpoint != ours:
-        raise HandshakeRefused(f"this sender writes to {ours}, the grant wants {endpoint}; shake hands again")
-    if endpoint not in grant.endpoints:
-        raise HandshakeRefused(f"grant {grant.grant_id} names the endpoints {grant.endpoints}, not {endpoint}")
-    if difference := pool.layout.difference(grant.layout):
-        raise HandshakeRefused(f"KV layouts differ: {difference}")
-    if num_blocks is not None and grant.block_ids and not 0 <= min(grant.block_ids) <= max(grant.block_ids) < num_blocks:
-        raise HandshakeRefused(
-            f"grant {grant.grant_id} names blocks {min(grant.block_ids)}..{max(grant.block_ids)}, the peer's pool has {num_blocks}"
-        )
+def tell_stored(on_stored: OnStored, transfer: Transfer, layer: int, pairs: Sequence[Pair]) -> None:
+    """One call for each stretch of neighbouring indexes that one push held."""
+    for _, first, count in contiguous([(index, index) for _, index in pairs]):
+        on_stored(transfer.grant, layer, first, transfer.digests_of(layer, first, count))

@@ -1,4 +1,4 @@
-"""The KV memory of one worker: one tensor, and on the CPU one memfd behind it that a peer on the same host can map.
+"""The KV memory of one worker: one tensor, and behind it memory that a peer on the same host can map (memfd, CUDA IPC).
 
 Not here: which block belongs to whom (engine/blocks.py). Made once per worker by prefill/ and decode/; read and written
 by models/ through `.tensor`, by the transports through `.run` and `.runs`.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvtransfer import gpu
 from kvtransfer.process import boot_id
 from protocol.errors import ConfigError, Unsupported
 from protocol.kv import KVLayout, ShmEndpoint
@@ -25,8 +26,8 @@ class KVPool:
     """KV of `num_blocks` blocks: `.tensor` is [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim], C order.
 
     device "cpu": a sealed memfd, mapped; pages are taken from the kernel when first written, and go back when the last
-    process that maps it is gone, however it died. Another device: a plain tensor there; the host-memory doors (`run`,
-    `runs`, `shm_endpoint`) then raise Unsupported.
+    process that maps it is gone, however it died. A GPU: cudaMalloc, which a peer can map too (gpu.py). Another device: a plain
+    tensor there. Off the CPU the host-memory doors (`run`, `runs`, `shm_endpoint`) raise Unsupported.
 
     Raises ConfigError (naming the keys) when the memory cannot be had.
     """
@@ -68,7 +69,14 @@ class KVPool:
     def _on_device(self, shape: tuple[int, ...]) -> torch.Tensor:
         import torch
 
-        return torch.zeros(shape, dtype=getattr(torch, self.layout.dtype), device=self.device)
+        dtype = getattr(torch, self.layout.dtype)
+        if not self.is_on_gpu:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+        return gpu.allocate(self.nbytes, self.device).view(dtype).view(shape)
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return self.device.split(":")[0] == "cuda"
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -81,8 +89,8 @@ class KVPool:
         if self._runs is None:
             assert self._tensor is not None, "this pool is closed"
             raise Unsupported(
-                f"KV on {self.device} cannot be moved to another worker yet; run with --prefill 0 or --device cpu",
-                param="model.device",
+                f"KV on {self.device} is not in host memory; between GPUs it moves by cuda_ipc, nccl or tcp (--kv-transport)",
+                param="transfer.transport",
             )
         return self._runs
 

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from kvtransfer import process
-from kvtransfer.memory import store_pieces
+from kvtransfer.arrivals import Arrivals
+from kvtransfer.layout import Area
 from kvtransfer.outgoing import Piece, Transfer
 from kvtransfer.pool import KVPool
+from kvtransfer.view import View
 from protocol.errors import HandshakeRefused, TransferFailed
 from protocol.kv import KVLayout, ShmEndpoint
 from protocol.ticket import Grant
@@ -30,7 +32,7 @@ class ShmReceiver:
     def endpoint(self) -> ShmEndpoint:
         return self._endpoint
 
-    def expect(self, grant: Grant) -> None:
+    def expect(self, grant: Grant, arrivals: Arrivals | None = None) -> None:
         pass
 
     def forget(self, grant_id: str) -> bool:
@@ -41,13 +43,16 @@ class ShmReceiver:
 
 
 class ShmLane:
-    """The mapping of one peer's pool, made once and shared by all grants. See outgoing.Lane.
+    """The mapping of one peer rank's pool, made once and shared by all grants. See outgoing.Lane. layout: of that pool; area: the
+    route's part of it.
 
     Raises HandshakeRefused, with both values where there are two, when the memory is not reachable or not the one that
     was meant.
     """
 
-    def __init__(self, endpoint: ShmEndpoint, layout: KVLayout) -> None:
+    lands_at_once = True
+
+    def __init__(self, endpoint: ShmEndpoint, layout: KVLayout, area: Area | None = None) -> None:
         self.endpoint = endpoint
         path = f"/proc/{endpoint.pid}/fd/{endpoint.fd}"
         if endpoint.boot_id != process.boot_id():
@@ -66,9 +71,8 @@ class ShmLane:
         except BaseException:
             peer.close()
             raise
-        self._runs: np.ndarray | None = np.frombuffer(mapped, np.uint8).reshape(
-            layout.num_layers, self.num_blocks, layout.run_nbytes
-        )
+        runs = np.frombuffer(mapped, np.uint8).reshape(layout.num_layers, self.num_blocks, layout.run_nbytes)
+        self._view: View | None = View(runs, layout, area)
 
     def _open(self, path: str) -> mmap.mmap:
         endpoint = self.endpoint
@@ -101,8 +105,9 @@ class ShmLane:
         pass
 
     def store(self, transfer: Transfer, layer: int, pieces: Iterable[Piece]) -> None:
-        assert self._runs is not None, "store after close"
-        store_pieces(self._runs[layer], transfer.grant, pieces)
+        assert self._view is not None, "store after close"
+        for first, data in pieces:
+            self._view.write(layer, transfer.grant.block_ids[first : first + len(data)], data)
 
     def fence(self, transfer: Transfer) -> None:
         # The mapping outlives its owner, so stores never fail; a dead reader is worth saying here, before a Seal that
@@ -113,4 +118,4 @@ class ShmLane:
 
     def close(self) -> None:
         self._peer.close()
-        self._runs = None  # the mapping goes with its last view
+        self._view = None  # the mapping goes with its last view

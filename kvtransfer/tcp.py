@@ -2,7 +2,8 @@
 
 One thread accepts, one per connection reads. Payload is received straight into the pool, a piece at a time, each piece
 under the grant's lock and without ever waiting inside it; so `forget` is immediate and absolute: when it returns, no
-byte can follow. Not here: the prefill side (tcp_lane.py), the bytes themselves (tcp_frames.py). Made by
+byte can follow. The thread that receives a frame also hashes it at once, while its bytes are in the core's cache, so that
+sealing finds the digests ready. Not here: the prefill side (tcp_lane.py), the bytes themselves (tcp_frames.py). Made by
 link.make_receivers.
 """
 
@@ -15,16 +16,20 @@ import select
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
 
 from kvtransfer import tcp_frames as frames
-from kvtransfer.layout import contiguous
+from kvtransfer.arrivals import Arrivals, stretches
+from kvtransfer.handoff import DIGEST_NBYTES
+from kvtransfer.layout import Place, route_between
 from kvtransfer.pool import KVPool
 from kvtransfer.tcp_frames import FrameError, Header, Kind, Reason
 from kvtransfer.tcp_socket import Closed, DeadlineSocket, Stalled, advance
-from protocol.errors import ConfigError
+from kvtransfer.view import view_of
+from protocol.errors import ConfigError, TransferFailed, Unsupported
 from protocol.kv import TcpEndpoint
 from protocol.ticket import Grant
 
@@ -36,22 +41,23 @@ PIECE_NBYTES = 1 << 20  # received under a grant's lock at a time: about 0.3 ms
 SCRAP_NBYTES = 1 << 18
 
 
-class _Inflow:
+class Inflow:
     """One live grant: its lock, and which of its runs are stored."""
 
-    def __init__(self, grant: Grant) -> None:
+    def __init__(self, grant: Grant, arrivals: Arrivals) -> None:
         self.grant = grant
+        self.arrivals = arrivals
         self.lock = threading.Lock()
         self.is_live = True
-        self.num_stored = 0
-        self._num_written = len(grant.block_ids) - grant.num_cached_blocks
-        self._is_stored = bytearray(grant.layout.num_layers * self._num_written)
+        self.num_stored: Counter[int] = Counter()  # distinct runs, by the source rank they came from
+        self._is_stored = bytearray(arrivals.num_runs)
 
-    def stored(self, layer: int, indexes: Sequence[int]) -> None:
-        for index in indexes:
-            place = layer * self._num_written + index - self.grant.num_cached_blocks
-            self.num_stored += not self._is_stored[place]
-            self._is_stored[place] = 1
+    def stored(self, source: int, row: int, indexes: Sequence[int], digests: bytes) -> None:
+        for place, first, count in stretches(indexes):
+            self.arrivals.put(row, first, digests[place * DIGEST_NBYTES : (place + count) * DIGEST_NBYTES])
+            start = row * self.arrivals.num_written + first - self.grant.num_cached_blocks
+            self.num_stored[source] += self._is_stored.count(0, start, start + count)
+            self._is_stored[start : start + count] = b"\x01" * count
 
 
 class TcpReceiver:
@@ -67,6 +73,7 @@ class TcpReceiver:
         secret: bytes,
         incarnation: str,
         *,
+        place: Place | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
         advertise_host: str | None = None,
@@ -80,6 +87,7 @@ class TcpReceiver:
                 f"transfer.bind_host {host!r} binds every interface; say which one peers shall use", param="transfer.bind_host"
             )
         self.pool = pool
+        self.place = place or Place(pool.layout)
         self.secret = secret
         self.incarnation = incarnation
         self.stall_timeout_s = stall_timeout_s
@@ -91,7 +99,7 @@ class TcpReceiver:
         except OSError as error:
             raise ConfigError(f"cannot listen for KV on {host}:{port}: {error.strerror}", param="transfer.bind_host") from error
         self._endpoint = TcpEndpoint(advertise_host or host, self._listener.getsockname()[1])
-        self._live: dict[bytes, _Inflow] = {}
+        self._live: dict[bytes, Inflow] = {}
         self._connections: set[_Connection] = set()
         self._lock = threading.Lock()
         self._is_closed = False
@@ -101,9 +109,10 @@ class TcpReceiver:
     def endpoint(self) -> TcpEndpoint:
         return self._endpoint
 
-    def expect(self, grant: Grant) -> None:
+    def expect(self, grant: Grant, arrivals: Arrivals | None = None) -> None:
+        inflow = Inflow(grant, arrivals or Arrivals(grant, self.place))
         with self._lock:
-            self._live[frames.grant_key(grant.grant_id)] = _Inflow(grant)
+            self._live[frames.grant_key(grant.grant_id)] = inflow
 
     def forget(self, grant_id: str) -> bool:
         with self._lock:
@@ -133,14 +142,15 @@ class TcpReceiver:
 
     # ---- for the connections ---------------------------------------------------------------------------------------
 
-    def inflow(self, key: bytes) -> _Inflow | None:
+    def inflow(self, key: bytes) -> Inflow | None:
         return self._live.get(key)
 
     def joined(self, connection: _Connection) -> None:
-        """It has proved itself. Its predecessor from the same incarnation ends first: bytes of a broken connection that
-        are still in our buffers must not be stored over what is sent again."""
+        """It has proved itself. Its predecessor from the same rank of the same incarnation ends first: bytes of a broken
+        connection that are still in our buffers must not be stored over what is sent again."""
         with self._lock:
-            older = [c for c in self._connections if c is not connection and c.peer == connection.peer]
+            others = [c for c in self._connections if c is not connection]
+            older = [c for c in others if (c.peer, c.rank) == (connection.peer, connection.rank)]
         for other in older:
             other.end()
             other.thread.join(self.stall_timeout_s)
@@ -170,10 +180,11 @@ class TcpReceiver:
 
 
 class _Connection:
-    """One writer's connection and its thread. `peer` is empty until it has proved itself."""
+    """The connection of one rank of one writer, and its thread. `peer` is empty until it has proved itself."""
 
     def __init__(self, receiver: TcpReceiver, sock: DeadlineSocket) -> None:
         self.peer = ""
+        self.rank = 0
         self.thread = threading.Thread(target=self._run, name="kv-receive", daemon=True)
         self._receiver = receiver
         self._sock = sock
@@ -214,10 +225,10 @@ class _Connection:
             raise FrameError("it does not know the cluster secret")
         hello = msgspec.msgpack.decode(data, type=frames.Hello)
         refusal = self._refusal(hello)
-        welcome = msgspec.msgpack.encode(frames.Welcome(receiver.incarnation, receiver.pool.layout, refusal))
+        welcome = msgspec.msgpack.encode(frames.Welcome(receiver.incarnation, receiver.place.layout, refusal))
         self._reader, self._writer = frames.session(receiver.secret, nonce_s, nonce_c, is_server=True)
         if not refusal:
-            self.peer = hello.incarnation
+            self.peer, self.rank = hello.incarnation, hello.rank
             receiver.joined(self)
         self._sock.write([frames.pack_welcome(receiver.secret, nonce_s, nonce_c, data, welcome)])
         if refusal:
@@ -228,18 +239,33 @@ class _Connection:
             return "a hello without an incarnation"
         if hello.peer_incarnation not in ("", self._receiver.incarnation):
             return f"this is decode incarnation {self._receiver.incarnation}, you meant {hello.peer_incarnation}"
-        difference = hello.layout.difference(self._receiver.pool.layout)
-        return f"KV layouts differ: {difference}" if difference else ""
+        place = self._receiver.place
+        if difference := hello.layout.difference(place.layout):
+            return f"KV layouts differ: {difference}"
+        if (hello.target, hello.target_rank) != (place.parallel, place.rank):
+            return f"this is rank {place.rank} of {place.parallel}, you meant rank {hello.target_rank} of {hello.target}"
+        try:
+            route = route_between(place.layout, hello.source, hello.rank, place.parallel, place.rank)
+        except Unsupported as error:
+            return error.message
+        if route is None:
+            return f"rank {hello.rank} of {hello.source} writes nothing to rank {place.rank} of {place.parallel}"
+        self._hello = hello
+        try:
+            self._view = view_of(self._receiver.pool, route.target_area, hello.digest)
+        except TransferFailed as error:
+            return error.message
+        return ""
 
     def _one_frame(self, header: Header) -> None:
         if header.kind is Kind.FENCE:
             inflow = self._receiver.inflow(header.key)
-            is_ours = inflow is not None and inflow.grant.prefill_incarnation == self.peer
-            self._answer(Kind.LANDED, header.key, count=inflow.num_stored if inflow is not None and is_ours else 0)
+            count = inflow.num_stored[self.rank] if inflow is not None and self._is_ours(inflow.grant) else 0
+            self._answer(Kind.LANDED, header.key, count=count)
             return
         if header.kind is not Kind.DATA:
             raise FrameError(f"a {header.kind.name} frame from a writer")
-        run_nbytes = self._receiver.pool.layout.run_nbytes
+        run_nbytes = self._view.layout.run_nbytes
         if not 0 < header.count <= frames.MAX_RUNS or header.payload_nbytes != header.count * run_nbytes:
             raise FrameError(f"a frame of {header.count} runs with {header.payload_nbytes} bytes")
         if header.count > 1 and header.payload_nbytes > frames.MAX_PAYLOAD_NBYTES:
@@ -259,7 +285,10 @@ class _Connection:
         if inflow is None or reason is not None:
             self._discard(header.payload_nbytes)
             return reason
-        views = self._targets(inflow.grant, header.layer, indexes)
+        blocks = [inflow.grant.block_ids[index] for index in indexes]
+        views = self._view.buffers(header.layer, blocks)
+        row = inflow.arrivals.first_row(self.rank) + header.layer
+        inflow.arrivals.forget(row, indexes)
         first, left = 0, header.payload_nbytes
         deadline = time.monotonic() + self._receiver.stall_timeout_s
         while left:
@@ -274,30 +303,30 @@ class _Connection:
             deadline = time.monotonic() + self._receiver.stall_timeout_s
             first = advance(views, first, count)
             left -= count
+        if self._view.is_staged and not left:
+            with inflow.lock:
+                if inflow.is_live:
+                    self._view.commit(header.layer, blocks)
+        digests = b"" if left else self._view.digests(header.layer, blocks)
         with inflow.lock:
             if inflow.is_live:
-                inflow.stored(header.layer, indexes)
+                inflow.stored(self.rank, row, indexes, digests)
                 return None
         self._discard(left)
         return Reason.NOT_LIVE
 
-    def _why_not(self, inflow: _Inflow | None, layer: int, indexes: Sequence[int]) -> Reason | None:
+    def _why_not(self, inflow: Inflow | None, layer: int, indexes: Sequence[int]) -> Reason | None:
         if inflow is None:
             return Reason.NOT_LIVE
         grant = inflow.grant
-        if grant.prefill_incarnation != self.peer:
+        if not self._is_ours(grant):
             return Reason.NOT_YOURS
-        if layer >= grant.layout.num_layers or min(indexes) < grant.num_cached_blocks or max(indexes) >= len(grant.block_ids):
+        if layer >= self._view.layout.num_layers or min(indexes) < grant.num_cached_blocks or max(indexes) >= len(grant.block_ids):
             return Reason.OUTSIDE
         return None
 
-    def _targets(self, grant: Grant, layer: int, indexes: Sequence[int]) -> list[memoryview]:
-        """The pool's own memory, in the order of the payload, neighbours joined."""
-        pool = self._receiver.pool
-        run_nbytes = pool.layout.run_nbytes
-        flat = pool.runs[layer].reshape(-1).data
-        order = [(grant.block_ids[index], position) for position, index in enumerate(indexes)]
-        return [flat[block * run_nbytes : (block + count) * run_nbytes] for block, _, count in contiguous(order)]
+    def _is_ours(self, grant: Grant) -> bool:
+        return (grant.prefill_incarnation, grant.source) == (self.peer, self._hello.source)
 
     def _discard(self, nbytes: int) -> None:
         deadline = time.monotonic() + self._receiver.stall_timeout_s

@@ -30,7 +30,8 @@ from collections.abc import Sequence
 import msgspec
 import xxhash
 
-from protocol.kv import KVLayout
+from protocol.kv import XXH3, KVLayout
+from protocol.parallel import ALONE, Parallel
 
 MAGIC = b"TdKV"
 VERSION = 1
@@ -72,9 +73,16 @@ REASONS = {
 
 
 class Hello(msgspec.Struct, frozen=True):
+    """A connection carries one route: from rank `rank` of a group of sizes `source` to rank `target_rank` of one of `target`."""
+
     incarnation: str
     peer_incarnation: str  # whom the client believes to talk to; "" when it does not care
-    layout: KVLayout
+    layout: KVLayout  # the whole model's
+    source: Parallel = ALONE
+    rank: int = 0
+    target: Parallel = ALONE
+    target_rank: int = 0
+    digest: str = XXH3  # the kind of digests that the manifests will have
 
 
 class Welcome(msgspec.Struct, frozen=True):

@@ -19,18 +19,20 @@ import msgspec
 import numpy as np
 
 from kvtransfer import tcp_frames as frames
+from kvtransfer.layout import Route, plan_routes
 from kvtransfer.outgoing import LinkBroken, Piece, Transfer
 from kvtransfer.tcp_frames import FrameError, Kind, Reason
 from kvtransfer.tcp_socket import Closed, DeadlineSocket
 from protocol.errors import HandshakeRefused, TransferFailed
-from protocol.kv import KVLayout, TcpEndpoint
+from protocol.kv import XXH3, KVLayout, TcpEndpoint
+from protocol.parallel import ALONE, Parallel
 
 log = logging.getLogger(__name__)
 
 
 class TcpLane:
-    """See outgoing.Lane. peer_incarnation: which life of the decode worker is meant; another one at that address
-    refuses.
+    """See outgoing.Lane. layout: the whole model's. peer_incarnation: which life of the decode worker is meant; another one at that
+    address refuses.
 
     connect_timeout_s: for connection and hand-shake. stall_timeout_s: how long sending may stand still.
     answer_timeout_s: how long a fence may stay unanswered before the connection is given up.
@@ -46,14 +48,21 @@ class TcpLane:
         incarnation: str,
         peer_incarnation: str,
         *,
+        route: Route | None = None,
+        source: Parallel = ALONE,
+        target: Parallel = ALONE,
+        digest: str = XXH3,
         connect_timeout_s: float = 5.0,
         stall_timeout_s: float = 5.0,
         answer_timeout_s: float = 10.0,
     ) -> None:
+        route = route or plan_routes(layout, source, target)[0]
         self.endpoint = endpoint
-        self._layout = layout
+        self._whole = layout
+        self._run_nbytes = route.layout(layout).run_nbytes
         self._secret = secret
-        self._hello = msgspec.msgpack.encode(frames.Hello(incarnation, peer_incarnation, layout))
+        hello = frames.Hello(incarnation, peer_incarnation, layout, source, route.source, target, route.target, digest)
+        self._hello = msgspec.msgpack.encode(hello)
         self._connect_timeout_s = connect_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._answer_timeout_s = answer_timeout_s
@@ -100,7 +109,7 @@ class TcpLane:
 
     def _frames(self, pieces: Iterable[Piece]) -> Iterator[tuple[list[int], list[memoryview]]]:
         """Cut pieces into frames as they come: (indexes, their bytes)."""
-        most = max(1, min(frames.MAX_RUNS, frames.MAX_PAYLOAD_NBYTES // self._layout.run_nbytes))
+        most = max(1, min(frames.MAX_RUNS, frames.MAX_PAYLOAD_NBYTES // self._run_nbytes))
         indexes: list[int] = []
         runs: list[memoryview] = []
         for first, data in pieces:
@@ -160,7 +169,7 @@ class TcpLane:
         welcome = msgspec.msgpack.decode(data, type=frames.Welcome)
         if welcome.refusal:
             raise HandshakeRefused(f"decode worker {welcome.incarnation} refuses: {welcome.refusal}")
-        if difference := self._layout.difference(welcome.layout):
+        if difference := self._whole.difference(welcome.layout):
             raise HandshakeRefused(f"KV layouts differ: {difference}")
         return frames.session(self._secret, nonce_s, nonce_c, is_server=False)
 

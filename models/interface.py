@@ -35,10 +35,20 @@ class TensorRanks(Protocol):
     """The ranks that share one stage's layers. With one rank all of it is the identity."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the tensor ranks, in place, the same bits on each of them."""
+        """The sum over the tensor ranks, the same bits on each of them. x is contiguous and is used up."""
 
     def gather(self, x: Tensor, widths: tuple[int, ...]) -> Tensor | None:
         """Columns of all tensor ranks side by side on tensor rank 0, None elsewhere. x [rows, widths[tp_rank]]."""
+
+
+class NoOtherRanks:
+    """TensorRanks of a rank that shares its layers with nobody."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def gather(self, x: Tensor, widths: tuple[int, ...]) -> Tensor | None:
+        return x
 
 
 class Shard(msgspec.Struct, frozen=True):
@@ -62,6 +72,9 @@ class Shard(msgspec.Struct, frozen=True):
     @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.parallel.pp_size - 1
+
+
+WHOLE = Shard()
 
 
 class Model(Protocol):

@@ -3,101 +3,132 @@
 Plain tensors instead of nn.Module: nothing here is trained, and a parameter is a lookup in a slot. q, k, v are one matrix
 and so are gate and up; their rows are filled from the checkpoint's separate tensors. Within each q and k head the rows are
 reordered so that the two of a rotary pair are neighbours (their dot products do not change by it).
+
+One rank's part for any group (models/split.py says which): q, k, v, gate and up by rows, o and down by columns with one sum
+over the tensor ranks each, embedding and head by rows of the vocabulary, layers by stages. Alone, a rank holds everything, and
+the sums are nothing.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import ops
 from models.config import ModelConfig, Rope
-from models.interface import ForwardBatch, OnLayer
+from models.interface import WHOLE, ForwardBatch, NoOtherRanks, OnLayer, Shard, TensorRanks
+from models.split import Split, split
 from models.weights import Slot
+from protocol.parallel import part
 
 
 class Layer:
-    """The parameters of one decoder layer. None: this family has none."""
+    """One rank's parameters of one decoder layer. None: this family has none, or another rank adds it."""
 
     __slots__ = (
         "attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias",
         "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias", "window",
     )  # fmt: skip
 
-    def __init__(self, config: ModelConfig, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, own: Split, adds: bool, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
         def new(*shape: int) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
 
-        hidden, width = config.hidden_size, config.intermediate_size
-        q_width = config.num_heads * config.head_dim
-        qkv_width = q_width + 2 * config.num_kv_heads * config.head_dim
+        hidden, width = config.hidden_size, len(own.inner)
+        q_width = len(own.q_heads) * config.head_dim
+        qkv_width = q_width + 2 * len(own.kv_heads) * config.head_dim
         self.attention_norm = new(hidden)
         self.qkv = new(qkv_width, hidden)
         self.qkv_bias = new(qkv_width) if config.qkv_bias else None
         self.q_norm = new(config.head_dim) if config.qk_norm else None
         self.k_norm = new(config.head_dim) if config.qk_norm else None
         self.o = new(hidden, q_width)
-        self.o_bias = new(hidden) if config.o_bias else None
+        self.o_bias = new(hidden) if config.o_bias and adds else None
         self.mlp_norm = new(hidden)
         self.gate_up = new(2 * width, hidden)
         self.gate_up_bias = new(2 * width) if config.mlp_bias else None
         self.down = new(hidden, width)
-        self.down_bias = new(hidden) if config.mlp_bias else None
+        self.down_bias = new(hidden) if config.mlp_bias and adds else None
         self.window = window
 
 
 class Llama:
-    """models.interface.Model. Parameters are uninitialised until the slots are filled."""
+    """models.interface.Model. Parameters are uninitialised until the slots are filled. Raises ConfigError (models/split.py).
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    Of a stage's tensor ranks the first one adds the bias and the residual before a sum over them, so they are added once.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard = WHOLE,
+        ranks: TensorRanks | None = None,
+    ) -> None:
         self.config = config
-        self.embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = [Layer(config, config.window(index), dtype, device) for index in range(config.num_layers)]
-        self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.head = self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding)
+        self.shard = shard
+        self.own = split(config, shard)
+        self.ranks: TensorRanks = ranks if ranks is not None else NoOtherRanks()
+        self._dtype, self._device = dtype, device
+        self._adds = shard.tp_rank == 0
+        self.layers = [Layer(config, self.own, self._adds, config.window(index), dtype, device) for index in self.own.layers]
         self.inv_freq = inverse_frequencies(config.rope, config.head_dim).to(device)
+        self._vocab_widths = tuple(len(part(config.vocab_size, shard.parallel.tp_size, t)) for t in range(shard.parallel.tp_size))
+        if shard.is_first_stage:
+            self.embedding = torch.empty(len(self.own.vocab), config.hidden_size, dtype=dtype, device=device)
+            self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
+            self.head = self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding)
 
     def slots(self) -> dict[str, Slot]:
-        """Every tensor of a Hugging Face checkpoint of these families, and where it goes."""
-        config, slots = self.config, {}
-        sizes = [count * config.head_dim for count in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        """Every tensor of a Hugging Face checkpoint of these families that this rank holds a part of, and where it goes."""
+        config, own, slots = self.config, self.own, {}
+        dim = config.head_dim
+        sizes = [len(heads) * dim for heads in (own.q_heads, own.kv_heads, own.kv_heads)]
+        q_start, kv_start = own.q_heads.start * dim, own.kv_heads.start * dim
 
         def pairs(tensor: Tensor) -> Tensor:
             """Rows i and i + head_dim / 2 of each head become rows 2i and 2i + 1."""
-            heads = torch.unflatten(tensor, 0, (-1, 2, config.head_dim // 2))
+            heads = torch.unflatten(tensor, 0, (-1, 2, dim // 2))
             return heads.transpose(1, 2).flatten(0, 2)
 
-        for index, layer in enumerate(self.layers):
+        for index, layer in zip(own.layers, self.layers, strict=True):
             at = f"model.layers.{index}."
             slots[at + "input_layernorm.weight"] = Slot(layer.attention_norm)
             slots[at + "post_attention_layernorm.weight"] = Slot(layer.mlp_norm)
             for kind, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
                 if fused is not None:
                     q, k, v = torch.split(fused, sizes)
-                    slots[f"{at}self_attn.q_proj.{kind}"] = Slot(q, pairs)
-                    slots[f"{at}self_attn.k_proj.{kind}"] = Slot(k, pairs)
-                    slots[f"{at}self_attn.v_proj.{kind}"] = Slot(v)
+                    slots[f"{at}self_attn.q_proj.{kind}"] = Slot(q, pairs, start=q_start, total=config.num_heads * dim)
+                    slots[f"{at}self_attn.k_proj.{kind}"] = Slot(k, pairs, start=kv_start, total=config.num_kv_heads * dim)
+                    slots[f"{at}self_attn.v_proj.{kind}"] = Slot(v, start=kv_start, total=config.num_kv_heads * dim)
+            inner: dict[str, Any] = {"start": own.inner.start, "total": config.intermediate_size}
             for kind, fused in (("weight", layer.gate_up), ("bias", layer.gate_up_bias)):
                 if fused is not None:
                     gate, up = fused.chunk(2)
-                    slots[f"{at}mlp.gate_proj.{kind}"] = Slot(gate)
-                    slots[f"{at}mlp.up_proj.{kind}"] = Slot(up)
+                    slots[f"{at}mlp.gate_proj.{kind}"] = Slot(gate, **inner)
+                    slots[f"{at}mlp.up_proj.{kind}"] = Slot(up, **inner)
+            slots[at + "self_attn.o_proj.weight"] = Slot(layer.o, axis=1, start=q_start, total=config.num_heads * dim)
+            slots[at + "mlp.down_proj.weight"] = Slot(layer.down, axis=1, **inner)
             for name, tensor, arrange in (
-                ("self_attn.o_proj.weight", layer.o, None),
                 ("self_attn.o_proj.bias", layer.o_bias, None),
                 ("self_attn.q_norm.weight", layer.q_norm, pairs),
                 ("self_attn.k_norm.weight", layer.k_norm, pairs),
-                ("mlp.down_proj.weight", layer.down, None),
                 ("mlp.down_proj.bias", layer.down_bias, None),
             ):
                 if tensor is not None:
                     slots[at + name] = Slot(tensor, arrange)
-        slots["model.embed_tokens.weight"] = Slot(self.embedding)
-        slots["model.norm.weight"] = Slot(self.norm)
-        if self.head is not self.embedding:
-            slots["lm_head.weight"] = Slot(self.head)
+        if self.shard.is_first_stage:
+            vocab: dict[str, Any] = {"start": own.vocab.start, "total": config.vocab_size}
+            slots["model.embed_tokens.weight"] = Slot(self.embedding, **vocab)
+            slots["model.norm.weight"] = Slot(self.norm)
+            if self.head is not self.embedding:
+                slots["lm_head.weight"] = Slot(self.head, **vocab)
         return slots
 
     def pack(self) -> None:
@@ -108,40 +139,57 @@ class Llama:
         for layer in self.layers:
             for name in ("qkv", "o", "gate_up", "down"):
                 setattr(layer, name, ops.pack(getattr(layer, name)))
-        self.head = ops.pack(self.head)
+        if self.shard.is_first_stage:
+            self.head = ops.pack(self.head)
 
-    def forward(self, batch: ForwardBatch, kv: Tensor, on_layer: OnLayer | None = None) -> Tensor:
+    def embed(self, batch: ForwardBatch) -> Tensor:
+        """[num_tokens, hidden_size]. A token outside of this rank's rows is zero here, and what it is on one other rank."""
+        vocab = self.own.vocab
+        if len(vocab) == self.config.vocab_size:
+            return torch.embedding(self.embedding, batch.token_ids)
+        ids = batch.token_ids - vocab.start
+        elsewhere = (ids < 0) | (ids >= len(vocab))
+        rows = torch.embedding(self.embedding, ids.masked_fill_(elsewhere, 0))
+        return self.ranks.all_reduce(rows.masked_fill_(elsewhere[:, None], 0.0))
+
+    def new_hidden(self, num_rows: int) -> Tensor:
+        return torch.empty(num_rows, self.config.hidden_size, dtype=self._dtype, device=self._device)
+
+    def forward(self, batch: ForwardBatch, hidden: Tensor, kv: Tensor, on_layer: OnLayer | None = None) -> Tensor:
         """Hidden states before the last norm, [num_tokens, hidden_size]."""
         config = self.config
         num_tokens = batch.token_ids.shape[0]
-        num_qk_heads = config.num_heads + config.num_kv_heads
-        qk_width = num_qk_heads * config.head_dim
-        q_width = config.num_heads * config.head_dim
+        num_heads, num_kv_heads = len(self.own.q_heads), len(self.own.kv_heads)
+        qk_width = (num_heads + num_kv_heads) * config.head_dim
+        q_width = num_heads * config.head_dim
         scale = config.head_dim**-0.5
         eps = config.rms_norm_eps
         turn = ops.rotation(batch.positions, self.inv_freq)
-        hidden = torch.embedding(self.embedding, batch.token_ids)
         for index, layer in enumerate(self.layers):
             kv_layer = kv[index]
             qkv = ops.linear(ops.rms_norm(hidden, layer.attention_norm, eps), layer.qkv, layer.qkv_bias)
-            qk = qkv[:, :qk_width].view(num_tokens, num_qk_heads, config.head_dim)
+            qk = qkv[:, :qk_width].view(num_tokens, num_heads + num_kv_heads, config.head_dim)
             if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = torch.split(qk, [config.num_heads, config.num_kv_heads], dim=1)
+                q, k = torch.split(qk, [num_heads, num_kv_heads], dim=1)
                 q.copy_(ops.rms_norm(q, layer.q_norm, eps))
                 k.copy_(ops.rms_norm(k, layer.k_norm, eps))
             ops.rotate(qk, turn)
-            rows = qkv[:, q_width:].view(num_tokens, 2, config.num_kv_heads, config.head_dim)
+            rows = qkv[:, q_width:].view(num_tokens, 2, num_kv_heads, config.head_dim)
             ops.write_kv(kv_layer, rows, batch.attention)
             if on_layer is not None:
                 on_layer(index)
-            attended = ops.attention(qk[:, : config.num_heads], rows, kv_layer, batch.attention, scale, layer.window)
-            hidden = ops.linear(attended, layer.o, layer.o_bias, hidden)
+            attended = ops.attention(qk[:, :num_heads], rows, kv_layer, batch.attention, scale, layer.window)
+            residual = hidden if self._adds else None
+            hidden = self.ranks.all_reduce(ops.linear(attended, layer.o, layer.o_bias, residual))
             inner = ops.linear(ops.rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias)
-            hidden = ops.linear(ops.silu_mul(inner), layer.down, layer.down_bias, hidden)
+            residual = hidden if self._adds else None
+            hidden = self.ranks.all_reduce(ops.linear(ops.silu_mul(inner), layer.down, layer.down_bias, residual))
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return ops.linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head).float()
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        own = ops.linear(ops.rms_norm(hidden, self.norm, self.config.rms_norm_eps), self.head)
+        logits = self.ranks.gather(own, self._vocab_widths)
+        return None if logits is None else logits.float()
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model by its name, ready to run. The one way in for prefill/, decode/, tandem.py and tests."""
+"""A model by its name, or one rank's part of it, ready to run. The one way in for prefill/, decode/, tandem.py and tests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import xxhash
 
 from models.config import ModelConfig, read_config
-from models.interface import Model
+from models.identity import model_hash
+from models.interface import WHOLE, Model, Shard, TensorRanks
 from models.locate import locate
-from models.weights import LoadProgress, fill, open_checkpoint
+from models.weights import LoadProgress, fill, find, open_checkpoint
 from protocol.errors import ConfigError, ModelError
 from protocol.kv import KVLayout
 
@@ -30,7 +30,8 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """model_hash names weights and configuration; two workers with the same hash compute the same KV."""
+    """model is the part of `shard`. model_hash names the whole model's weights and configuration (models/identity.py); two
+    workers with the same hash compute the same KV, whatever their sizes."""
 
     model: Model
     config: ModelConfig
@@ -39,9 +40,11 @@ class LoadedModel:
     device: torch.device
     path: Path
     progress: LoadProgress  # as the load ended
+    shard: Shard = WHOLE
 
     def kv_layout(self, block_size: int) -> KVLayout:
-        """The layout of a KV pool for this model; the pool's dtype is the model's."""
+        """The layout of a KV pool for the whole model; the pool's dtype is the model's. A rank's own pool holds the part that
+        kvtransfer.layout.rank_layout says."""
         return KVLayout(
             num_layers=self.config.num_layers,
             num_kv_heads=self.config.num_kv_heads,
@@ -58,20 +61,19 @@ def load_model(
     device: str = "auto",
     progress: Callable[[LoadProgress], None] | None = None,
     revision: str | None = None,
+    shard: Shard = WHOLE,
+    ranks: TensorRanks | None = None,
 ) -> LoadedModel:
     """name: whatever models.locate.locate() finds. Raises ModelError, ConfigError, each one sentence with what to do.
 
-    dtype "auto": float32 on the CPU, the checkpoint's own on a GPU. device "auto": a GPU if torch sees one.
+    dtype "auto": float32 on the CPU, the checkpoint's own on a GPU. device "auto": a GPU if torch sees one. shard: which part to
+    load; nothing else is read but samples for the hash. ranks: the other tensor ranks, where there are some.
     """
+    assert ranks is not None or shard.parallel.tp_size == 1, "tensor ranks without each other"
     path = locate(name, revision)
     config = read_config(path)
     if config.family == "toy":
-        from models.toy import ToyModel, toy_hash
-
-        if device not in ("auto", "cpu"):
-            raise ConfigError(f"the toy model runs on the CPU only, not on {device!r} (--device)", param="model.device")
-        where = torch.device("cpu")
-        return LoadedModel(ToyModel(config), config, toy_hash(), torch.float32, where, path, LoadProgress(0, 0, 0.0))
+        return _load_toy(path, config, device, shard, ranks)
     where = choose_device(device)
     kind = choose_dtype(dtype, where, config)
     files = open_checkpoint(path)
@@ -79,14 +81,25 @@ def load_model(
 
     try:
         with torch.inference_mode():
-            model = Llama(config, kind, where)
-            digest, state = fill(files, model.slots(), progress)
+            model = Llama(config, kind, where, shard, ranks)
+            # The whole model without memory knows the names of all its tensors; the hash covers those, and a tensor that is
+            # missing is seen by every rank.
+            names = Llama(config, kind, torch.device("meta")).slots().keys()
+            digest = model_hash(config, find(files, names))
+            state = fill(files, model.slots(), progress)
             model.pack()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ModelError(f"{path}: the weights do not fit into the memory of {where} ({error})") from error
-    summary = xxhash.xxh3_128(digest)
-    summary.update(repr(config).encode())
-    return LoadedModel(model, config, summary.hexdigest(), kind, where, path, state)
+    return LoadedModel(model, config, digest, kind, where, path, state, shard)
+
+
+def _load_toy(path: Path, config: ModelConfig, device: str, shard: Shard, ranks: TensorRanks | None) -> LoadedModel:
+    from models.toy import ToyModel, toy_hash
+
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"the toy model runs on the CPU only, not on {device!r} (--device)", param="model.device")
+    model = ToyModel(config, shard, ranks)
+    return LoadedModel(model, config, toy_hash(), torch.float32, torch.device("cpu"), path, LoadProgress(0, 0, 0.0), shard)
 
 
 def choose_device(device: str) -> torch.device:

@@ -1,20 +1,21 @@
 """Tensors out of safetensors files: mapped, checked, and copied once into the parameters they belong to.
 
-What the headers say is read and checked in `checkpoint.py`. Pages of the map are given back tensor by tensor, so that a
-checkpoint is never in memory twice. Called by models/load.py.
+What the headers say is read and checked in `checkpoint.py`. A rank of a group reads its own rows or columns only. Pages of the
+map are given back tensor by tensor, so that a checkpoint is never in memory twice. Which checkpoint it is, says identity.py.
+Called by models/load.py.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
-import xxhash
 from torch import Tensor
 
 from models.checkpoint import read_header, weight_files
@@ -24,7 +25,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
-    """How far a load is."""
+    """How far a load is. Bytes are those of the tensors' parts that this rank holds."""
 
     bytes_done: int
     bytes_total: int
@@ -37,10 +38,35 @@ class LoadProgress(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """Where one checkpoint tensor goes: a view into a parameter. arrange reorders it on the way, None leaves it as it is."""
+    """Where one checkpoint tensor, or a part of it, goes: a view into a parameter. arrange reorders the part on the way, None
+    leaves it as it is.
+
+    The part is [start, start + its own size) of axis 0 (rows) or 1 (columns), of `total` in the checkpoint; None: all of it.
+    """
 
     target: Tensor
     arrange: Callable[[Tensor], Tensor] | None = None
+    axis: int = 0
+    start: int = 0
+    total: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor in the checkpoint."""
+        sizes = list(self.target.shape)
+        if self.total is not None:
+            sizes[self.axis] = self.total
+        return tuple(sizes)
+
+    @property
+    def rows(self) -> range:
+        """What of axis 0 the part lies in."""
+        rows = self.target.shape[0]
+        return range(self.start, self.start + rows) if self.axis == 0 else range(rows)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.target.shape[1]) if self.axis == 1 else slice(None)
 
 
 class SafetensorsFile:
@@ -53,8 +79,8 @@ class SafetensorsFile:
         self._data_at = header.data_at
         self._entries = header.entries
         try:
-            with open(path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._file = open(path, "rb")  # noqa: SIM115 - as long as this object lives, for read()
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be mapped: {error}; fetch it again or correct its permissions") from error
         self._whole = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -63,32 +89,42 @@ class SafetensorsFile:
         """In the order of the file, which is the order to read it in."""
         return sorted(self._entries, key=lambda name: self._entries[name]["data_offsets"][0])
 
-    def tensor_nbytes(self, name: str) -> int:
-        start, end = self._entries[name]["data_offsets"]
-        return int(end - start)
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entries[name]["shape"])
 
-    def raw(self, name: str) -> Tensor:
-        """The tensor's bytes as uint8, a view of the map."""
-        start, end = self._entries[name]["data_offsets"]
-        return self._whole[self._data_at + start : self._data_at + end]
-
-    def tensor(self, name: str) -> Tensor:
-        """A view of the map where its alignment allows, else a copy."""
+    def dtype(self, name: str) -> torch.dtype:
         entry = self._entries[name]
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise ModelError(f"{self.path}: tensor {name} is {entry['dtype']}; bf16, f16 and f32 checkpoints are served")
-        raw = self.raw(name)
+        return dtype
+
+    def span(self, name: str, rows: range | None = None) -> tuple[int, int]:
+        """Bytes [start, end) of the file that hold the tensor, or these rows of it."""
+        start, end = (self._data_at + offset for offset in self._entries[name]["data_offsets"])
+        if rows is None:
+            return start, end
+        row_nbytes = (end - start) // max(1, self.shape(name)[0])
+        return start + rows.start * row_nbytes, start + rows.stop * row_nbytes
+
+    def tensor(self, name: str, rows: range) -> Tensor:
+        """These rows of it: a view of the map where its alignment allows, else a copy. Nothing is read before it is looked at."""
+        dtype = self.dtype(name)
+        start, end = self.span(name, rows)
+        raw = self._whole[start:end]
         if raw.data_ptr() % dtype.itemsize:
             raw = raw.clone()
-        return raw.view(dtype).view(entry["shape"])
+        return raw.view(dtype).view(len(rows), *self.shape(name)[1:])
 
-    def give_back(self, name: str) -> None:
-        """Drop the mapped pages of this tensor from this process; the kernel's page cache keeps them as it sees fit."""
-        start, end = (self._data_at + offset for offset in self._entries[name]["data_offsets"])
+    def read(self, start: int, length: int) -> bytes:
+        """Bytes of the file, past the map: reading a page of it would fetch its neighbours. Any thread. Raises ModelError."""
+        data = os.pread(self._file.fileno(), length, start)
+        if len(data) != length:
+            raise ModelError(f"{self.path} became shorter while it was read; fetch it again")
+        return data
+
+    def give_back(self, start: int, end: int) -> None:
+        """Drop the mapped pages of bytes [start, end) from this process; the kernel's page cache keeps them as it sees fit."""
         page = mmap.PAGESIZE
         start, end = -(-start // page) * page, end // page * page
         if end > start:
@@ -105,40 +141,46 @@ def fill(
     slots: dict[str, Slot],
     progress: Callable[[LoadProgress], None] | None,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[bytes, LoadProgress]:
-    """Copy every tensor named in slots out of the files. Returns (xxh3-128 over their names and bytes, the last progress).
+) -> LoadProgress:
+    """Copy what the slots ask for out of the files. Returns the last progress.
 
     Tensors that no slot names are left alone. Raises ModelError.
     """
-    where: dict[str, SafetensorsFile] = {}
-    for file in files:
-        for name in file.names():
-            if name in slots:
-                where[name] = file
-    missing = sorted(slots.keys() - where.keys())
+    where = find(files, slots.keys())
+    total = sum(_part_nbytes(file, name, slots[name]) for name, file in where.items())
+    started = clock()
+    state = LoadProgress(0, total, 0.0)
+    for name, file in where.items():
+        slot = slots[name]
+        if file.shape(name) != slot.shape:
+            raise ModelError(
+                f"{file.path}: tensor {name} has shape {list(file.shape(name))}, config.json asks for "
+                f"{list(slot.shape)}; they do not belong together"
+            )
+        # A part of the rows touches no page but its own. Columns are picked out of every row, a row's pages being neighbours.
+        source = file.tensor(name, slot.rows)
+        if slot.axis == 1:
+            source = source[:, slot.columns]
+        slot.target.copy_(source if slot.arrange is None else slot.arrange(source))
+        del source
+        file.give_back(*file.span(name, slot.rows))
+        state = LoadProgress(state.bytes_done + _part_nbytes(file, name, slot), total, clock() - started)
+        if progress is not None:
+            progress(state)
+    return state
+
+
+def find(files: list[SafetensorsFile], names: Collection[str]) -> dict[str, SafetensorsFile]:
+    """Which file holds each of these tensors, in the order to read them in. Raises ModelError when one is missing."""
+    where = {name: file for file in files for name in file.names() if name in names}
+    missing = sorted(set(names) - where.keys())
     if missing:
         raise ModelError(
             f"{files[0].path.parent}: {len(missing)} tensors are missing from the checkpoint, first {missing[0]}; "
             "config.json and the weights do not belong together, or a file is missing"
         )
-    total = sum(file.tensor_nbytes(name) for name, file in where.items())
-    digests: dict[str, bytes] = {}
-    started = clock()
-    state = LoadProgress(0, total, 0.0)
-    for name, file in where.items():
-        slot = slots[name]
-        if file.shape(name) != tuple(slot.target.shape):
-            raise ModelError(
-                f"{file.path}: tensor {name} has shape {list(file.shape(name))}, config.json asks for "
-                f"{list(slot.target.shape)}; they do not belong together"
-            )
-        source = file.tensor(name)
-        slot.target.copy_(source if slot.arrange is None else slot.arrange(source))
-        digests[name] = xxhash.xxh3_128_digest(file.raw(name).numpy().data)
-        del source
-        file.give_back(name)
-        state = LoadProgress(state.bytes_done + file.tensor_nbytes(name), total, clock() - started)
-        if progress is not None:
-            progress(state)
-    summary = xxhash.xxh3_128(b"".join(name.encode() + digests[name] for name in sorted(digests)))
-    return summary.digest(), state
+    return where
+
+
+def _part_nbytes(file: SafetensorsFile, name: str, slot: Slot) -> int:
+    return slot.target.numel() * file.dtype(name).itemsize

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.batch import Chunk
 from engine.sequence import Sequence
 from kvtransfer.transport import Sender
+from prefill.links import Link
 from protocol.messages import Prefill
 from protocol.network import Peer
 from protocol.ticket import Grant
@@ -13,13 +14,12 @@ from protocol.ticket import Grant
 class Job:
     """One prompt here: its sequence, its grant, the link to its decode worker."""
 
-    def __init__(self, message: Prefill, gateway: Peer, sender: Sender, decode: Peer) -> None:
+    def __init__(self, message: Prefill, gateway: Peer, link: Link) -> None:
         self.request = message.request
         self.epoch = message.ticket.epoch
         self.grant: Grant = message.grant
         self.gateway = gateway
-        self.sender = sender
-        self.decode = decode
+        self.link = link
         self.sequence = Sequence(
             message.request, 0, output_token_ids=message.output_token_ids[0] if message.output_token_ids else ()
         )
@@ -41,4 +41,4 @@ class Job:
         num_whole = layout.num_blocks_for(end) if end == self.grant.num_tokens else end // layout.block_size
         pairs = [(self.sequence.blocks[i], i) for i in range(self.num_pushed, num_whole)]
         self.num_pushed = max(self.num_pushed, num_whole)
-        return self.sender, self.grant.grant_id, pairs
+        return self.link.sender, self.grant.grant_id, pairs

@@ -3,6 +3,8 @@
 `WriterDone` ends a quarantine at the decode worker (R2), and with mapped memory nothing else does while both live. A closed
 connection swallows it. So what was said over a link is kept until that link is replaced, and whenever a link breaks `tick`
 makes a new one and says it again; by the new hand-shake the decode worker can ask for the rest itself (`StopWriting`).
+
+A hand-shake settles on the best transport that works: where setting one up fails, hands are shaken again without it (`pairs.py`).
 Owned by `worker.py`; all of it on the event loop.
 """
 
@@ -10,13 +12,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, ValuesView
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, ValuesView
 
+import msgspec
+
+from kvtransfer.link import name_of
 from kvtransfer.transport import Sender
-from protocol.errors import TandemError, TransferFailed, WorkerLost
+from prefill.pairs import Pair
+from protocol.errors import (
+    DeadlineExceeded,
+    HandshakeRefused,
+    IncompatibleWorkers,
+    TandemError,
+    TransferFailed,
+    Unsupported,
+    WorkerLost,
+)
 from protocol.kv import KVEndpoint
 from protocol.messages import Handshake, HandshakeAccepted, WriterDone
 from protocol.network import Clock, Network, Peer
+from protocol.parallel import Parallel
 from protocol.ticket import Grant
 
 log = logging.getLogger(__name__)
@@ -27,6 +43,9 @@ MAX_OWED_GRANTS = 4096  # per decode worker; what is forgotten the decode worker
 FIRST_DELAY_S = 0.25
 MAX_DELAY_S = 30.0
 OWED_S = 3600.0  # a decode worker that cannot be reached for so long is gone
+MAX_PAIRS = 256  # decode workers whose transports we remember something about
+
+Connect = Callable[[str, Parallel, tuple[KVEndpoint, ...]], Awaitable[Sender]]
 
 
 class GoneAway(TransferFailed):
@@ -34,13 +53,16 @@ class GoneAway(TransferFailed):
 
 
 class Link:
-    """What a hand-shake with one decode worker yielded."""
+    """What a hand-shake with one decode worker yielded. num_jobs: prompts that still may use the sender."""
 
-    def __init__(self, address: str, peer: Peer, endpoint: KVEndpoint, sender: Sender) -> None:
+    def __init__(self, incarnation: str, address: str, peer: Peer, transport: str, sender: Sender) -> None:
+        self.incarnation = incarnation
         self.address = address
         self.peer = peer
-        self.endpoint = endpoint
+        self.transport = transport
         self.sender = sender
+        self.num_jobs = 0
+        self.is_leaving = False  # another transport has taken its place; the sender is closed with its last prompt
         self.told: dict[str, None] = {}  # WriterDone sent over this link; whether they arrived is not known
 
     def tell_done(self, grant_id: str) -> None:
@@ -60,18 +82,20 @@ class _Owed:
 
 
 class Links:
-    """on_void(grant_id): the decode worker took this grant back before it knew us; it must never be written."""
+    """connect(incarnation, target, endpoints) makes a sender and reaches the peer; it raises HandshakeRefused when it cannot.
+    on_void(grant_id): the decode worker took this grant back before it knew us; it must never be written.
+    """
 
     def __init__(
         self,
         handshake: Handshake,
-        make_sender: Callable[[KVEndpoint, str], Sender],
+        connect: Connect,
         network: Network,
         clock: Clock,
         on_void: Callable[[str], None],
     ) -> None:
         self._handshake = handshake
-        self._make_sender = make_sender
+        self._connect = connect
         self._network = network
         self._clock = clock
         self._on_void = on_void
@@ -79,6 +103,7 @@ class Links:
         self._linking: dict[str, asyncio.Task[Link]] = {}  # hand-shakes under way, shared by all who wait for one
         self._owed: dict[str, _Owed] = {}  # by decode incarnation
         self._settling: asyncio.Task[None] | None = None
+        self._pairs: OrderedDict[str, Pair] = OrderedDict()  # by decode incarnation, least recently used first
 
     def __len__(self) -> int:
         return len(self._links)
@@ -92,16 +117,58 @@ class Links:
         return len(self._owed)
 
     async def to(self, incarnation: str, address: str) -> Link:
-        """The link to a decode worker's present life, by hand-shake where there is none. Raises WorkerLost,
-        DeadlineExceeded, HandshakeRefused, TransferFailed (another incarnation lives there)."""
+        """The link to a decode worker's present life, by hand-shake where there is none. Raises WorkerLost, DeadlineExceeded,
+        TransferFailed (another incarnation lives there), HandshakeRefused (no transport works now), IncompatibleWorkers (at once,
+        once it is known)."""
         known = self._links.get(incarnation)
-        if known is not None and not known.peer.is_closed:
+        if known is not None and not known.peer.is_closed and not self._may_improve(known):
             return known
         task = self._linking.get(incarnation)
         if task is None:
             task = self._linking[incarnation] = asyncio.create_task(self._shake_hands(incarnation, address))
             task.add_done_callback(lambda ended: self._linked(incarnation, ended))
         return await asyncio.shield(task)
+
+    def transfer_succeeded(self, link: Link) -> None:
+        self._pair(link.incarnation).transfer_succeeded(link.transport)
+
+    def transfer_failed(self, link: Link, reason: str) -> None:
+        """A transfer ended badly and neither side had given it up. After two in a row this pair uses another transport."""
+        if self._pair(link.incarnation).transfer_failed(link.transport, reason, self._clock()):
+            log.warning("%s to %s is left out for a while: %s", link.transport, link.incarnation, reason)
+            if self._links.get(link.incarnation) is link:
+                del self._links[link.incarnation]
+                self._owe(link.incarnation, link.address, link.told)
+                link.is_leaving = True
+                self._close_if_unused(link)
+
+    def released(self, link: Link) -> None:
+        """One of its prompts is over."""
+        link.num_jobs -= 1
+        self._close_if_unused(link)
+
+    @property
+    def num_fallbacks(self) -> int:
+        return sum(pair.num_fallbacks for pair in self._pairs.values())
+
+    def num_fallbacks_to(self, incarnation: str) -> int:
+        pair = self._pairs.get(incarnation)
+        return pair.num_fallbacks if pair is not None else 0
+
+    def _pair(self, incarnation: str) -> Pair:
+        pair = self._pairs.pop(incarnation, None) or Pair(self._handshake.transports)
+        self._pairs[incarnation] = pair
+        while len(self._pairs) > MAX_PAIRS:
+            self._pairs.popitem(last=False)
+        return pair
+
+    def _may_improve(self, link: Link) -> bool:
+        """Only while nobody uses it: to change transports is no reason to end a transfer."""
+        return link.num_jobs == 0 and self._pair(link.incarnation).may_improve(link.transport, self._clock())
+
+    def _close_if_unused(self, link: Link) -> None:
+        if link.is_leaving and link.num_jobs == 0:
+            link.sender.close()
 
     def lost(self, peer: Peer) -> None:
         """A connection broke, whoever was at its other end."""
@@ -146,24 +213,57 @@ class Links:
             owed.next_at = now + owed.delay_s
 
     async def _shake_hands(self, incarnation: str, address: str) -> Link:
+        pair = self._pair(incarnation)
+        if pair.incompatible:
+            raise IncompatibleWorkers(pair.incompatible)
         peer = await self._network.connect(address)
-        answer = await peer.call(self._handshake, CALL_TIMEOUT_S)
-        assert isinstance(answer, HandshakeAccepted)
-        if answer.incarnation != incarnation:
-            raise GoneAway(f"at {address} lives {answer.incarnation}, not {incarnation}")
-        for grant_id in answer.void_grants:
-            self._on_void(grant_id)
-        if incarnation in self._links:  # its peer is closed, or there would be no hand-shake
-            self._retire(incarnation)
-        link = Link(address, peer, answer.endpoint, self._make_sender(answer.endpoint, incarnation))
+        while True:
+            answer = await self._ask(peer, incarnation, address, pair)
+            if incarnation in self._links:  # its peer is closed, or a better transport may work again
+                self._retire(incarnation)
+            transport = name_of(answer.endpoints[0])
+            try:
+                sender = await self._connect(incarnation, answer.parallel, answer.endpoints)
+            except (HandshakeRefused, TransferFailed, Unsupported, DeadlineExceeded) as error:
+                log.warning("%s to %s does not work: %s", transport, incarnation, error.message)
+                pair.unusable(transport, error.message, self._clock())
+                continue
+            break
         if peer.is_closed:
-            link.sender.close()
+            sender.close()
+            self._owe(incarnation, address, ())
             raise WorkerLost(f"the connection to {address} broke during the hand-shake")
-        self._links[incarnation] = link
+        link = self._links[incarnation] = Link(incarnation, address, peer, transport, sender)
         owed = self._owed.pop(incarnation, None)
         for grant_id in owed.grant_ids if owed is not None else ():
             link.tell_done(grant_id)
         return link
+
+    async def _ask(self, peer: Peer, incarnation: str, address: str, pair: Pair) -> HandshakeAccepted:
+        """One hand-shake, with what may work now. Raises HandshakeRefused with every transport's reason when nothing is left."""
+        offered = pair.offered(self._clock())
+        ends = f"prefill {self._handshake.incarnation} and decode {incarnation}"
+        if not offered:
+            raise HandshakeRefused(f"no KV transport is left between {ends}: {pair.reasons()}", param="transfer.transport")
+        try:
+            answer = await peer.call(msgspec.structs.replace(self._handshake, transports=offered), CALL_TIMEOUT_S)
+        except IncompatibleWorkers as error:
+            pair.incompatible = error.message
+            raise
+        except HandshakeRefused as error:
+            raise HandshakeRefused(f"{ends}: {error.message}; {pair.reasons()}", param=error.param) from None
+        except (WorkerLost, DeadlineExceeded):
+            # It may have taken us for its writer all the same, and would wait for our word over a connection that is gone.
+            self._owe(incarnation, address, ())
+            raise
+        assert isinstance(answer, HandshakeAccepted)
+        if answer.incarnation != incarnation:
+            if answer.incarnation not in self._links:
+                self._owe(answer.incarnation, address, ())  # it takes us for its writer now
+            raise GoneAway(f"at {address} lives {answer.incarnation}, not {incarnation}")
+        for grant_id in answer.void_grants:
+            self._on_void(grant_id)
+        return answer
 
     def _linked(self, incarnation: str, task: asyncio.Task[Link]) -> None:
         del self._linking[incarnation]

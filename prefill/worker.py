@@ -1,8 +1,9 @@
 """A prefill worker: computes prompts in chunks, samples token 1, pushes KV into the decode worker's granted blocks.
 
 KV leaves while it is made: after each layer of each chunk the blocks that the chunk completed go to the pair's sender thread.
-Then the manifest is signed and sent to the decode worker (`Seal`), which verifies before it reads. Like the decode worker it
-is given network, clock and `compute`, and keeps its state on the event loop. `step()` reads: plan, run, emit.
+What has landed is told as it lands, and at the end the signed manifest is sent to the decode worker (`Seal`), which verifies
+before it reads (`handover.py`). Like the decode worker it is given network, clock and `compute`, and keeps its state on the
+event loop. `step()` reads: plan, run, emit.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -22,14 +22,18 @@ from engine.blocks import BlockPool, OutOfBlocks
 from engine.prefix import attach_prefix, seal_full_blocks
 from engine.runner import ModelRunner, StepResult
 from engine.sampler import Sample
+from engine.step import Extras
 from engine.stopping import finish_reason
-from kvtransfer.handoff import Outbound
+from kvtransfer.group import Connector
 from kvtransfer.transport import Sender
+from prefill.handover import Handover
 from prefill.job import Job
-from prefill.links import Link, Links
+from prefill.links import Link
 from prefill.planner import num_admissible, plan
 from protocol.errors import (
+    Draining,
     HandshakeRefused,
+    IncompatibleWorkers,
     InternalError,
     InvalidRequest,
     ReservationRefused,
@@ -38,7 +42,7 @@ from protocol.errors import (
     WorkerLost,
     to_failure,
 )
-from protocol.kv import KVEndpoint, KVLayout
+from protocol.kv import KVLayout, ProcessRef
 from protocol.messages import (
     Cancel,
     Handshake,
@@ -46,19 +50,24 @@ from protocol.messages import (
     Ok,
     Prefill,
     RequestFailed,
-    Seal,
     StopWriting,
     TokenFrame,
     TokenUpdate,
     WorkerStats,
 )
 from protocol.network import Clock, Network, Peer
+from protocol.parallel import ALONE, Parallel
+from protocol.rank import RankLanded
 from protocol.ticket import FirstToken, Grant
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+Push = tuple[Sender, str, list[tuple[int, int]]]  # (to whom, grant_id, (our block, its index in the grant))
 Compute = Callable[[Callable[[], _T]], Awaitable[_T]]
+DRAIN_S = 30.0
+POLL_S = 0.02
+CALL_TIMEOUT_S = 10.0
 MAX_CANCELS = 4096  # remembered: a Cancel may overtake its Prefill while that waits for a hand-shake
 
 
@@ -70,6 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     boot_id: str
     pid: int
     start_ticks: int
+    parallel: Parallel = ALONE
+    ranks: tuple[ProcessRef, ...] = ()  # every process of this worker, the leader's first; empty: only this one
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 512
     max_waiting: int = 4096
@@ -77,14 +88,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrefillWorker:
-    """See the module. make_sender(endpoint, decode incarnation) builds the transport that the hand-shake chose."""
+    """See the module. connector makes the senders to a decode worker, over the transport that the hand-shake chose."""
 
     def __init__(
         self,
         settings: Settings,
         runner: ModelRunner,
         pool: BlockPool,
-        make_sender: Callable[[KVEndpoint, str], Sender],
+        connector: Connector,
         network: Network,
         clock: Clock,
         compute: Compute,
@@ -93,25 +104,38 @@ class PrefillWorker:
         self.settings = settings
         self.runner = runner
         self.pool = pool
-        self.outbound = Outbound(settings.incarnation, settings.layout, secret)
         self._network = network
         self._clock = clock
         self._compute = compute
-        self._secret = secret
         self._jobs: dict[str, Job] = {}  # by request_id: one attempt at a time
-        self._by_grant: dict[str, Job] = {}  # until our blocks are given back
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
         handshake = Handshake(
-            settings.incarnation, settings.layout, settings.transports, settings.boot_id, settings.pid, settings.start_ticks
+            settings.incarnation,
+            settings.layout,
+            settings.transports,
+            settings.boot_id,
+            settings.pid,
+            settings.start_ticks,
+            settings.parallel,
+            settings.ranks,
         )
-        self._make_sender = make_sender
-        self._links = Links(handshake, lambda *peer: self._make_sender(*peer), network, clock, self._void)
+        self.connector = connector
+        self.handover = Handover(
+            handshake,
+            connector.connect,
+            network,
+            clock,
+            secret,
+            settings.transfer_timeout_s,
+            self._fail,
+            lambda job: self._soon(lambda: self._drop(job)),
+            self._release,
+        )
         self._cancels: OrderedDict[tuple[str, int], None] = OrderedDict()  # (request_id, epoch), oldest first
         self._accepting: list[tuple[str, int]] = []  # attempts that wait for a hand-shake
         self._in_step = False
         self._after_step: list[Callable[[], None]] = []
-        self._sealing: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self.is_draining = False
         self.last_token_at: float | None = None
@@ -130,21 +154,25 @@ class PrefillWorker:
             self._soon(lambda: self._cancel(message))
             return None
         if isinstance(message, StopWriting):
-            return await self._stop_writing(message)
+            return await self.handover.stop_writing(message)
         raise InvalidRequest(f"a prefill worker does not take {type(message).__name__}")
 
     def on_lost(self, peer: Peer) -> None:
         """A gateway or a decode worker is gone: what was prefilled for it is of no use."""
 
         def clean() -> None:
-            for job in [j for j in self._jobs.values() if j.gateway is peer or j.decode is peer]:
-                if job.decode is peer:
+            for job in [j for j in self._jobs.values() if j.gateway is peer or j.link.peer is peer]:
+                if job.link.peer is peer:
                     self._fail(job, WorkerLost("the decode worker that granted the blocks is gone"))
                 else:
                     self._drop(job)
 
-        self._links.lost(peer)
+        self.handover.links.lost(peer)
         self._soon(clean)
+
+    def on_rank_landed(self, message: RankLanded) -> None:
+        """Another rank of this worker has stored runs (kvtransfer/group.py)."""
+        self.handover.rank_landed(message)
 
     def wake(self) -> None:
         """Blocks came back from somebody who is not a prompt of ours: who waits for some may look again."""
@@ -156,9 +184,10 @@ class PrefillWorker:
             raise TransferFailed(f"the ticket is not for {self.settings.incarnation}, which lives here now")
         if (grant.request_id, grant.epoch) != (message.request.request_id, ticket.epoch):
             raise TransferFailed("grant and ticket are not of the same attempt")
-        if self.is_draining or len(self._jobs) >= self.settings.max_waiting:
-            what = "is draining" if self.is_draining else f"has {len(self._jobs)} prompts already (prefill.max_waiting)"
-            raise ReservationRefused(f"this prefill worker {what}")
+        if self.is_draining:
+            raise Draining("this prefill worker is draining")
+        if len(self._jobs) >= self.settings.max_waiting:
+            raise ReservationRefused(f"this prefill worker has {len(self._jobs)} prompts already (prefill.max_waiting)")
         needed = self.settings.layout.num_blocks_for(grant.num_tokens)
         if needed > self.pool.num_blocks:
             raise TransferFailed(  # of this worker; another one, or decode itself, may have the room
@@ -166,17 +195,15 @@ class PrefillWorker:
                 "--num-gpu-blocks-override (model.kv_cache_bytes on a CPU)"
             )
         self._supersede(grant)
-        link = await self._link(grant, gateway)
-        self.outbound.opened(grant, self._clock())
-        try:
-            link.sender.open(grant, link.endpoint)
-        except TandemError:
-            self.outbound.failing(grant.grant_id)
-            self.outbound.aborted(grant.grant_id)
-            raise
-        job = Job(message, gateway, link.sender, link.peer)
+        job = Job(message, gateway, await self._link(grant, gateway))
         self._jobs[grant.request_id] = job
-        self._by_grant[grant.grant_id] = job
+        try:
+            await self.handover.open(job)
+        except BaseException:
+            self._forget(job)
+            raise
+        if job.is_dropped:  # while the ranks were getting ready
+            raise TransferFailed(f"{grant.request_id}, epoch {grant.epoch}, was cancelled")
         self._waiting.append(job)
         self._wake.set()
         return Ok()
@@ -192,16 +219,18 @@ class PrefillWorker:
     async def _link(self, grant: Grant, gateway: Peer) -> Link:
         """The link to the decode worker that gave the grant. A hand-shake takes time: what changed meanwhile is looked at again.
 
-        Raises HandshakeRefused when the layouts differ, which no retry mends, and errors that a retry may mend for the rest.
+        Raises IncompatibleWorkers when the layouts differ, which no retry mends, and errors that a retry may mend for the rest.
         """
         difference = self.settings.layout.difference(grant.layout)
         if difference is not None:
             pair = f"prefill {self.settings.incarnation} and decode {grant.decode_incarnation}"
-            raise HandshakeRefused(f"{pair} differ: {difference}")
+            raise IncompatibleWorkers(f"{pair} differ: {difference}")
         attempt = (grant.request_id, grant.epoch)
         self._accepting.append(attempt)
         try:
-            link = await self._links.to(grant.decode_incarnation, grant.control_address)
+            link = await self.handover.links.to(grant.decode_incarnation, grant.control_address)
+        except IncompatibleWorkers:
+            raise
         except HandshakeRefused as error:
             raise TransferFailed(f"no link to the decode worker: {error.message}") from error
         finally:
@@ -247,8 +276,12 @@ class PrefillWorker:
 
     def _drop(self, job: Job) -> None:
         """Take one prompt down; its blocks come back once no store of ours reads them. Idempotent."""
-        if job.is_dropped:
-            return
+        if not job.is_dropped:
+            self._forget(job)
+            self.handover.give_up(job)
+
+    def _forget(self, job: Job) -> None:
+        """Nothing more is to be done for it. Its blocks are not touched."""
         job.is_dropped = True
         if self._jobs.get(job.request.request_id) is job:
             del self._jobs[job.request.request_id]
@@ -256,41 +289,26 @@ class PrefillWorker:
             self._active.remove(job)
         if job in self._waiting:
             self._waiting.remove(job)
-        self._background(self._abort(job))
-
-    async def _abort(self, job: Job) -> None:
-        """Stop writing, tell decode so (the acknowledgement that ends a quarantine, R2), give our blocks back."""
-        grant_id = job.grant.grant_id
-        self.outbound.failing(grant_id)
-        await job.sender.abort(grant_id)
-        self.outbound.aborted(grant_id)
-        self._links.writer_done(job.grant)
-        self._release(job)
-
-    async def _stop_writing(self, message: StopWriting) -> Ok:
-        """Decode says that a grant is void. Our Ok is our word that nothing of ours is stored there any more."""
-        if not self.outbound.stop_writing(message.grant_id, self._clock()):
-            job = self._by_grant[message.grant_id]
-            await job.sender.abort(message.grant_id)
-            self._soon(lambda: self._drop(job))
-        return Ok()
-
-    def _void(self, grant_id: str) -> None:
-        """A decode worker says at the hand-shake what it took back before it knew us; it does not wait for our word."""
-        if not self.outbound.stop_writing(grant_id, self._clock()):
-            job = self._by_grant[grant_id]
-            self._soon(lambda: self._drop(job))
 
     def _release(self, job: Job) -> None:
+        """Nothing of ours reads its blocks any more."""
+        self._forget(job)
         self.pool.release(job.sequence.blocks)
         job.sequence.blocks = []
-        self._by_grant.pop(job.grant.grant_id, None)
         self._wake.set()
 
-    def _background(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._sealing.add(task)
-        task.add_done_callback(self._sealing.discard)
+    async def drain(self, deadline_s: float = DRAIN_S) -> None:
+        """Take nothing new, and return when what is here has been computed and its KV taken (its Seal was answered), or when the
+        deadline is over: what is left by then fails, so that it is tried elsewhere."""
+        self.is_draining = True
+        end = self._clock() + deadline_s
+        while not self.is_idle and self._clock() < end:
+            await asyncio.sleep(POLL_S)
+        for job in list(self._jobs.values()):
+            self._soon(functools.partial(self._fail, job, WorkerLost(f"prefill worker {self.settings.incarnation} is draining")))
+        end = self._clock() + CALL_TIMEOUT_S
+        while not self.is_idle and self._clock() < end:  # a store under way ends; its word is said
+            await asyncio.sleep(POLL_S)
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -306,7 +324,7 @@ class PrefillWorker:
         """Plan, run, emit. Whatever goes wrong fails the prompts of this step, and the loop goes on (R11)."""
         self._admit()
         in_step = list(self._active)
-        started = time.perf_counter()
+        started = self._clock()
         try:
             planned = plan([job.sequence for job in in_step], self.settings.max_num_batched_tokens)
             jobs = {id(job.sequence): job for job in in_step}
@@ -315,7 +333,8 @@ class PrefillWorker:
             pushes = [jobs[id(c.sequence)].completed_blocks(c) for c in chunks]
             self._in_step = True
             try:
-                result = await self._compute(lambda: self.runner.run(chunks, lambda layer: _push(layer, pushes)))
+                extras = self._extras(pushes)
+                result = await self._compute(lambda: self.runner.run(chunks, lambda layer: _push(layer, pushes), extras))
             finally:
                 self._in_step = False
             self._emit(chunks, result, jobs)
@@ -323,8 +342,14 @@ class PrefillWorker:
             for job in in_step:
                 self._give_up(job, _step_failed(error))
         self._counts["num_steps"] += 1
-        self._counts["step_s"] += time.perf_counter() - started
+        self._counts["step_s"] += self._clock() - started
         self._act()
+
+    def _extras(self, pushes: list[Push]) -> Extras:
+        """What the other ranks push beside what `_push` pushes here. Nobody else writes to this pool, so steps may overlap."""
+        if self.settings.parallel == ALONE:
+            return Extras()
+        return Extras(pushes=tuple((grant_id, tuple(pairs)) for _, grant_id, pairs in pushes if pairs), overlaps=True)
 
     def _act(self) -> None:
         acts, self._after_step = self._after_step, []
@@ -410,33 +435,7 @@ class PrefillWorker:
         if all(f.finish_reason is not None for f in first):
             self._drop(job)  # it ends here: nothing is sealed, decode gets its blocks back with our acknowledgement
         else:
-            self._background(self._finish(job, tuple(first)))
-
-    async def _finish(self, job: Job, first_tokens: tuple[FirstToken, ...]) -> None:
-        """Wait until the KV has landed, sign what was written, and have it verified."""
-        grant = job.grant
-        started = time.perf_counter()
-        try:
-            self.outbound.finishing(grant.grant_id)
-            digests = await job.sender.finish(grant.grant_id, self.settings.transfer_timeout_s)
-            manifest = self.outbound.sealed(grant.grant_id, digests, first_tokens)
-            await job.decode.call(Seal(manifest), self.settings.transfer_timeout_s)
-        except Exception as error:
-            if not isinstance(error, TandemError):
-                log.exception("handing over %s", grant.grant_id)
-            if not job.is_dropped:
-                fault = error if isinstance(error, TandemError) else InternalError("the hand-over failed; see the log")
-                self._counts["transfers_failed"] += 1
-                self._fail(job, TransferFailed(f"KV transfer: {fault.message}"), "transfer")
-            return
-        self._counts["transfers"] += 1
-        self._counts["transfer_s"] += time.perf_counter() - started
-        self._counts["transfer_bytes"] += manifest.num_written * self.settings.layout.block_nbytes
-        if not job.is_dropped:
-            job.is_dropped = True
-            if self._jobs.get(job.request.request_id) is job:
-                del self._jobs[job.request.request_id]
-            self._release(job)
+            self.handover.finish(job, tuple(first))
 
     def _give_up(self, job: Job, error: TandemError) -> None:
         self._after_step.append(lambda: self._fail(job, error))
@@ -446,16 +445,14 @@ class PrefillWorker:
     def tick(self) -> None:
         """Prompts whose lease ran out before they were even started are not worth starting; words still owed are said."""
         self.pool.take_events()  # nobody is told of cache changes yet; untaken they would pile up
-        self._links.tick()
-        for grant_id in self.outbound.expired(self._clock()):
-            job = self._by_grant.get(grant_id)
-            if job is not None:
-                error = TransferFailed("the lease ran out before the prefill was done (transfer.lease_s)")
-                self._soon(functools.partial(self._fail, job, error, "transfer"))
+        self.handover.links.tick()
+        for job in self.handover.expired():
+            error = TransferFailed("the lease ran out before the prefill was done (transfer.lease_s)")
+            self._soon(functools.partial(self._fail, job, error, "transfer"))
 
     @property
     def is_idle(self) -> bool:
-        return not self._jobs and not self._sealing
+        return not self._jobs and self.handover.is_idle
 
     def in_flight(self) -> tuple[tuple[str, int], ...]:
         return tuple((job.request.request_id, job.epoch) for job in self._jobs.values())
@@ -476,11 +473,13 @@ class PrefillWorker:
             generation_tokens=int(c["generation_tokens"]),
             prefix_queries=int(c["prefix_queries"]),
             prefix_hits=int(c["prefix_hits"]),
-            transfers=int(c["transfers"]),
-            transfer_bytes=int(c["transfer_bytes"]),
-            transfer_s=c["transfer_s"],
-            transfers_failed=int(c["transfers_failed"]),
+            transfers=self.handover.transfers,
+            transfer_bytes=self.handover.transfer_bytes,
+            transfer_s=self.handover.transfer_s,
+            transfers_failed=self.handover.transfers_failed,
+            pairs=self.handover.pair_stats(),
             last_token_age_s=age,
+            **self.pool.tier_numbers,
         )
 
     def check_integrity(self) -> None:
@@ -488,7 +487,7 @@ class PrefillWorker:
         assert not self.is_idle or (not self._active and not self._waiting and self.pool.num_used == 0)
 
 
-def _push(layer: int, pushes: list[tuple[Sender, str, list[tuple[int, int]]]]) -> None:
+def _push(layer: int, pushes: list[Push]) -> None:
     """Called by the engine's thread after each layer: hand the layer's finished blocks to the sender threads."""
     for sender, grant_id, pairs in pushes:
         if pairs:

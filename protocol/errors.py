@@ -124,12 +124,23 @@ class WorkerLost(TandemError):
     retryable = True
 
 
+class GroupBroken(WorkerLost):
+    """A rank of this worker died, failed in a step or was silent past the deadline: the whole group is over, and so is its
+    worker."""
+
+
 class ReservationRefused(TandemError):
     """The decode worker has no room for this request now; the scheduler places it again at the same queue position."""
 
     http_status = 503
     code = "reservation_refused"
     retryable = True
+
+
+class Draining(ReservationRefused):
+    """This worker is about to go and takes nothing new; another one does, at once."""
+
+    code = "worker_draining"
 
 
 class TransferFailed(TandemError):
@@ -140,11 +151,19 @@ class TransferFailed(TandemError):
     retryable = True
 
 
+class DamagedKV(TransferFailed):
+    """Bytes arrived that differ from their digests."""
+
+
 class HandshakeRefused(TandemError):
     """Two workers cannot exchange KV: the message holds both values of what differs."""
 
     http_status = 503
     code = "handshake_refused"
+
+
+class IncompatibleWorkers(HandshakeRefused):
+    """They were built or configured differently, so that no second hand-shake of these two lives can end otherwise."""
 
 
 class InternalError(TandemError):
@@ -178,9 +197,13 @@ _BY_NAME = {cls.__name__: cls for cls in _subclasses(TandemError)}
 
 
 def to_failure(error: BaseException) -> Failure:
-    """The wire form. An exception that is not ours becomes an InternalError without its text: it may hold a prompt."""
+    """The wire form. An exception that is not ours becomes an InternalError without its text: it may hold a prompt.
+
+    A subclass that another module made for itself travels as the class of this module that it is.
+    """
     if isinstance(error, TandemError):
-        return Failure(type(error).__name__, error.message, error.param, error.retry_after)
+        kind = next(cls.__name__ for cls in type(error).__mro__ if _BY_NAME.get(cls.__name__) is cls)
+        return Failure(kind, error.message, error.param, error.retry_after)
     return Failure("InternalError", f"internal error ({type(error).__name__}); the worker's log has the details")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 PROTOCOL_VERSION = 1
+XXH3, LANESUM = "xxh3-128", "lanesum-128"  # kinds of digests of a run: in host memory, and on GPUs (kernels/kv_pack.py)
 DTYPE_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint8": 1}
 
 
@@ -44,6 +45,14 @@ class KVLayout(msgspec.Struct, frozen=True):
         return "; ".join(parts) or None
 
 
+class ProcessRef(msgspec.Struct, frozen=True, array_like=True):
+    """One process, so that its death can be observed from the same host (kvtransfer/process.py)."""
+
+    boot_id: str
+    pid: int
+    start_ticks: int
+
+
 class ShmEndpoint(msgspec.Struct, frozen=True, tag="shm"):
     """A memfd that a peer on the same host opens through /proc/PID/fd/FD. `boot_id` and `inode` tell which memory it is."""
 
@@ -65,4 +74,23 @@ class MemoryEndpoint(msgspec.Struct, frozen=True, tag="memory"):
     pool_id: int
 
 
-KVEndpoint = ShmEndpoint | TcpEndpoint | MemoryEndpoint
+class CudaIpcEndpoint(msgspec.Struct, frozen=True, tag="cuda_ipc"):
+    """Memory of a GPU that a process on the same host opens by its handle. `boot_id`, `pid` and `device_uuid` tell whose it is."""
+
+    boot_id: str
+    pid: int
+    device_uuid: str
+    handle: bytes
+    nbytes: int
+
+
+class NcclEndpoint(msgspec.Struct, frozen=True, tag="nccl"):
+    """Where a communicator is agreed on: a socket of ours. fallback: takes over when the communicator fails."""
+
+    host: str
+    port: int
+    device_uuid: str
+    fallback: TcpEndpoint | None = None
+
+
+KVEndpoint = ShmEndpoint | TcpEndpoint | MemoryEndpoint | CudaIpcEndpoint | NcclEndpoint

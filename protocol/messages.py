@@ -10,7 +10,7 @@ import msgspec
 
 from protocol.errors import Failure
 from protocol.events import TokenLogprobs
-from protocol.kv import KVEndpoint, KVLayout
+from protocol.kv import XXH3, KVEndpoint, KVLayout, ProcessRef
 from protocol.parallel import ALONE, Parallel
 from protocol.request import Request
 from protocol.ticket import Grant, Landed, Manifest, Ticket
@@ -132,6 +132,24 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag="worker_info", kw_only=True):
     device: str
     can_prefill: bool = True
     parallel: Parallel = ALONE
+    rank_pids: tuple[int, ...] = ()  # of its ranks, in their order; pid is the first of them
+
+
+class PairStats(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """KV between this worker and one other over one transport, cumulative. seconds: from the last run's push to the seal.
+
+    fallbacks: how often the pair had to leave a transport, whichever. stale: papers and frames of grants that were over.
+    """
+
+    peer: str  # incarnation
+    transport: str
+    transfers: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    failed: int = 0
+    fallbacks: int = 0
+    digest_failures: int = 0
+    stale: int = 0
 
 
 class WorkerStats(msgspec.Struct, frozen=True, tag="worker_stats", kw_only=True):
@@ -157,6 +175,12 @@ class WorkerStats(msgspec.Struct, frozen=True, tag="worker_stats", kw_only=True)
     digest_failures: int = 0
     last_token_age_s: float = -1.0  # seconds since it last produced a token; -1: never
     rss_bytes: int = 0
+    host_tier_bytes: int = 0  # of evicted prefix KV kept in host memory; the rest of these in blocks
+    host_tier_stored: int = 0
+    host_tier_restored: int = 0
+    host_tier_evicted: int = 0
+    host_tier_digest_failures: int = 0
+    pairs: tuple[PairStats, ...] = ()
 
 
 class WorkerBeat(msgspec.Struct, frozen=True, tag="worker_beat"):
@@ -251,7 +275,10 @@ class RequestFailed(msgspec.Struct, frozen=True, tag="request_failed"):
 
 
 class Handshake(msgspec.Struct, frozen=True, tag="handshake"):
-    """Prefill asks: can we exchange KV? -> HandshakeAccepted, or Failure("HandshakeRefused") with both values."""
+    """Prefill asks: can we exchange KV? -> HandshakeAccepted, or Failure("HandshakeRefused") with both values.
+
+    ranks: every process of the writer, the leader's first; a quarantine ends by death only when each of them is seen to be dead.
+    """
 
     incarnation: str
     layout: KVLayout
@@ -259,15 +286,21 @@ class Handshake(msgspec.Struct, frozen=True, tag="handshake"):
     boot_id: str
     pid: int = 0
     start_ticks: int = 0  # with pid and boot_id: this very process, so that its death can be observed
+    parallel: Parallel = ALONE
+    ranks: tuple[ProcessRef, ...] = ()  # empty: the process above is all of it
 
 
 class HandshakeAccepted(msgspec.Struct, frozen=True, tag="handshake_accepted"):
-    """void_grants: given to this life of the writer and taken back before it first called; it must refuse them."""
+    """endpoints: one per rank of the decode worker, in rank order, all of the transport that was chosen.
+    void_grants: given to this life of the writer and taken back before it first called; it must refuse them.
+    """
 
     incarnation: str
     layout: KVLayout
-    endpoint: KVEndpoint
+    endpoints: tuple[KVEndpoint, ...]
+    parallel: Parallel = ALONE
     void_grants: tuple[str, ...] = ()
+    digest: str = XXH3  # the kind that this transport's papers must have
 
 
 class Seal(msgspec.Struct, frozen=True, tag="seal"):

@@ -20,7 +20,8 @@ class Parallel(msgspec.Struct, frozen=True):
         return self.tp_size * self.pp_size
 
     def rank(self, tp_rank: int, pp_rank: int) -> int:
-        assert 0 <= tp_rank < self.tp_size and 0 <= pp_rank < self.pp_size, (self, tp_rank, pp_rank)
+        assert 0 <= tp_rank < self.tp_size, (self, tp_rank)
+        assert 0 <= pp_rank < self.pp_size, (self, pp_rank)
         return pp_rank * self.tp_size + tp_rank
 
     def tp_rank(self, rank: int) -> int:

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import msgspec
 
-from protocol.kv import KVEndpoint
+from protocol.errors import Failure
+from protocol.kv import KVEndpoint, ProcessRef
+from protocol.messages import Ok
 from protocol.parallel import Parallel
 from protocol.ticket import Grant, Landed, Manifest
-
-
-class ProcessRef(msgspec.Struct, frozen=True, array_like=True):
-    """One process, so that its death can be observed from the same host (kvtransfer/process.py)."""
-
-    boot_id: str
-    pid: int
-    start_ticks: int
 
 
 class RankHello(msgspec.Struct, frozen=True, tag="rank_hello"):
@@ -33,11 +27,13 @@ class RankSetup(msgspec.Struct, frozen=True, tag="rank_setup"):
     """-> what a rank needs to join. The store is the leader's TCPStore, on the leader's own address."""
 
     config_json: bytes
+    role: str
     incarnation: str
     parallel: Parallel
     store_host: str
     store_port: int
     transports: tuple[str, ...]
+    leader: ProcessRef
 
 
 class RankLoaded(msgspec.Struct, frozen=True, tag="rank_loaded"):
@@ -108,7 +104,14 @@ class RankExpect(msgspec.Struct, frozen=True, tag="rank_expect"):
 
 
 class RankForget(msgspec.Struct, frozen=True, tag="rank_forget"):
-    """Receiver.forget on this rank. -> RankForgot"""
+    """Receiver.forget on this rank. is_over: nothing of it will be verified, so what is known of its bytes may go. -> RankForgot"""
+
+    grant_id: str
+    is_over: bool = False
+
+
+class RankDrop(msgspec.Struct, frozen=True, tag="rank_drop"):
+    """The grant is over on this rank too: what was hashed of it ahead is of no use. Sent, not called."""
 
     grant_id: str
 
@@ -118,7 +121,9 @@ class RankForgot(msgspec.Struct, frozen=True, tag="rank_forgot"):
 
 
 class RankLanded(msgspec.Struct, frozen=True, tag="rank_landed"):
-    """Runs have landed in this rank's pool: hash them ahead of the seal. Sent, not called."""
+    """Decode, leader -> rank: runs have landed in this rank's pool, hash them ahead of the seal. Prefill, rank -> leader: this
+    rank has stored them, tell the decode worker; the rank has signed it. Sent, not called.
+    """
 
     grant: Grant
     landed: Landed
@@ -135,8 +140,23 @@ class RankVerdict(msgspec.Struct, frozen=True, tag="rank_verdict"):
     bad: tuple[tuple[int, int], ...]  # (global layer, index into grant.block_ids); empty: good
 
 
+class RankFailed(msgspec.Struct, frozen=True, tag="rank_failed"):
+    """Rank -> leader: it cannot start, and why; its process ends. Sent, not called."""
+
+    rank: int
+    failure: Failure
+
+
+class RankLeave(msgspec.Struct, frozen=True, tag="rank_leave"):
+    """Rank -> leader: this process was asked to end (SIGTERM). The whole group drains, and goes as one. Sent, not called."""
+
+    rank: int
+
+
 RankMessage = (
-    RankHello
+    Ok
+    | Failure
+    | RankHello
     | RankSetup
     | RankLoaded
     | RankPool
@@ -150,7 +170,22 @@ RankMessage = (
     | RankExpect
     | RankForget
     | RankForgot
+    | RankDrop
     | RankLanded
     | RankVerify
     | RankVerdict
+    | RankFailed
+    | RankLeave
 )
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[RankMessage] = msgspec.msgpack.Decoder(RankMessage)
+
+
+def encode(message: RankMessage) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> RankMessage:
+    """Raises msgspec.DecodeError or ValidationError on anything that is not one of ours."""
+    return _decoder.decode(data)

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from protocol.events import TokenLogprobs
-from protocol.kv import KVEndpoint, KVLayout
+from protocol.kv import XXH3, KVEndpoint, KVLayout
 from protocol.parallel import ALONE, Parallel
 
 
@@ -89,6 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, tag="manifest"):
     digests: bytes
     first_tokens: tuple[FirstToken, ...]
     mac: bytes = b""
+    digest: str = XXH3  # which kind the digests are
 
 
 class Landed(msgspec.Struct, frozen=True, tag="landed"):
@@ -110,6 +111,7 @@ class Landed(msgspec.Struct, frozen=True, tag="landed"):
     count: int
     digests: bytes
     mac: bytes = b""
+    digest: str = XXH3
 
 
 _Signed = TypeVar("_Signed", Grant, Manifest, Landed)

@@ -15,6 +15,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from protocol.parallel import ALONE, Parallel
+
 PRIOR_SPREAD = 300.0  # how many times its prior a coefficient may well be: models differ by orders of magnitude
 NOISE = 0.02  # variance of one relative residual
 FORGETTING = 0.99
@@ -171,14 +173,14 @@ class OutputLength:
 
 
 class CostBook:
-    """The cost models of all (model, device, role), and the output lengths of all models."""
+    """The cost models of all (model, device, role, sizes of the group), and the output lengths of all models."""
 
     def __init__(self) -> None:
-        self.models: dict[tuple[str, str, str], CostModel] = {}
+        self.models: dict[tuple[str, str, str, Parallel], CostModel] = {}
         self.outputs: dict[str, OutputLength] = {}
 
-    def of(self, model: str, device: str, role: str) -> CostModel:
-        key = (model, device, role)
+    def of(self, model: str, device: str, role: str, parallel: Parallel = ALONE) -> CostModel:
+        key = (model, device, role, parallel)
         if key not in self.models:
             self.models[key] = CostModel(device)
         return self.models[key]

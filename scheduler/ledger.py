@@ -93,7 +93,7 @@ class WorkerState:
         self.info = info
         self.incarnation = info.incarnation
         self.cost = cost  # shared by all workers of this model, device and role
-        self.ref = WorkerRef(info.incarnation, info.role, info.address)
+        self.ref = WorkerRef(info.incarnation, info.role, info.address, info.parallel)
         self.state = "ready"
         self.registered_at = now
         self.last_beat_at = now

@@ -16,6 +16,7 @@ MAX_PHASES = 32  # of one worker
 GAUGES = frozenset(name for name in WorkerStats.__struct_fields__ if name.endswith(("_blocks", "_age_s", "rss_bytes"))) | {
     "num_running",
     "num_waiting",
+    "pairs",  # per pair, not to be summed here
 }
 CUMULATIVE = tuple(name for name in WorkerStats.__struct_fields__ if name not in GAUGES)
 

@@ -101,6 +101,8 @@ class Scheduler:
         former, waiting = self.ledger.entries.get(request_id), self.queue.remove(request_id)
         last_epoch, position = self._minted.get(request_id, (0, self._next_position))
         last_epoch = max(last_epoch, admit.last_epoch)
+        # Asked again, because an answer was lost or is late: a place in the queue and a deadline are kept, and nothing is refused.
+        is_repeat = waiting is not None or (former is not None and former.epoch > admit.last_epoch)
         if waiting is not None:
             position = waiting.position
         if former is not None:
@@ -109,12 +111,16 @@ class Scheduler:
             self._free(former, now)
         if position == self._next_position:
             self._next_position += 1
-        self.records.count("resumed" if admit.resumption else "submitted")
+        if not is_repeat:
+            self.records.count("resumed" if admit.resumption else "submitted")
         self._check_it_can_ever_fit(admit)
-        if not admit.resumption:
+        if not (admit.resumption or is_repeat):
             self._refuse_early(admit, now)
         deadline = now + min(admit.deadline_s, self.config.queue_timeout_s)
-        self.queue.add(Item(admit, position, last_epoch + 1, now, deadline))
+        queued_at = now
+        if waiting is not None:
+            queued_at, deadline = waiting.queued_at, min(waiting.deadline, deadline)
+        self.queue.add(Item(admit, position, last_epoch + 1, queued_at, deadline))
         self._has_news = True
         return last_epoch + 1
 
@@ -201,7 +207,7 @@ class Scheduler:
             known.last_beat_at = now
             return
         self.dead.pop(info.incarnation, None)
-        worker = WorkerState(info, self.costs.of(info.model, info.device.split(":")[0], info.role), now)
+        worker = WorkerState(info, self.costs.of(info.model, info.device.split(":")[0], info.role, info.parallel), now)
         self.workers[info.incarnation] = worker
         self._by_model.setdefault(info.model, []).append(worker)
         self.records.registered(info)

@@ -21,7 +21,8 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
 
     ready              bool: a decode worker takes work
     workers            one per worker that is alive, and per name the last that died if none of that name is alive:
-        name role incarnation address host device pid model
+        name role incarnation address host device model
+        tp pp          sizes of its group; rank_pids: the processes, in rank order; pid: the first of them
         alive          bool; state "ready" | "loading" | "draining" | "lost"
         beat_age_s     since its last heartbeat; up_s since it registered
         num_blocks block_size max_num_seqs
@@ -43,7 +44,7 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
     totals             role -> cumulative WorkerStats counters over all workers, the dead included
     gateways           [gateway_id, beat_age_s, in_flight]
     starting           start-ups under way or just over: [name role incarnation phase detail elapsed_s], oldest first
-    cost_models        [model device role prefill decode transfer (coefficients, see scheduler.cost) observations]
+    cost_models        [model device role tp pp prefill decode transfer (coefficients, see scheduler.cost) observations]
     prefix_index       hashes max_hashes
     """
     config, records, queue = scheduler.config, scheduler.records, scheduler.queue
@@ -78,24 +79,30 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
             for g in scheduler.gateways.values()
         ],
         "starting": [msgspec.structs.asdict(phase) for told in records.phases.values() for phase in told],
-        "cost_models": [
-            {
-                "model": model,
-                "device": device,
-                "role": role,
-                "prefill": list(cost.prefill.theta),
-                "decode": list(cost.decode.theta),
-                "transfer": list(cost.transfer.theta),
-                "observations": {
-                    "prefill": cost.prefill.num_observations,
-                    "decode": cost.decode.num_observations,
-                    "transfer": cost.transfer.num_observations,
-                },
-            }
-            for (model, device, role), cost in scheduler.costs.models.items()
-        ],
+        "cost_models": _cost_models(scheduler),
         "prefix_index": {"hashes": len(scheduler.index), "max_hashes": scheduler.index.max_hashes},
     }
+
+
+def _cost_models(scheduler: Scheduler) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": model,
+            "device": device,
+            "role": role,
+            "tp": parallel.tp_size,
+            "pp": parallel.pp_size,
+            "prefill": list(cost.prefill.theta),
+            "decode": list(cost.decode.theta),
+            "transfer": list(cost.transfer.theta),
+            "observations": {
+                "prefill": cost.prefill.num_observations,
+                "decode": cost.decode.num_observations,
+                "transfer": cost.transfer.num_observations,
+            },
+        }
+        for (model, device, role, parallel), cost in scheduler.costs.models.items()
+    ]
 
 
 def _listed(scheduler: Scheduler) -> list[WorkerState]:
@@ -119,6 +126,9 @@ def _worker(worker: WorkerState, now: float) -> dict[str, Any]:
         "host": info.host,
         "device": info.device,
         "pid": info.pid,
+        "tp": info.parallel.tp_size,
+        "pp": info.parallel.pp_size,
+        "rank_pids": list(info.rank_pids or (info.pid,)),
         "model": info.model,
         "alive": worker.is_alive,
         "state": worker.state if worker.is_alive else "lost",

@@ -9,26 +9,41 @@ import torch
 
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
+from engine.group import Group
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
 from engine.stopping import finish_reason
+from kvtransfer.layout import rank_layout
 from models.load import LoadedModel
 from protocol.events import TokenLogprobs
 from protocol.request import Request, SamplingParams
 
 
+def poisoned_pool(loaded: LoadedModel, block_size: int, num_blocks: int) -> torch.Tensor:
+    """This rank's pool."""
+    layout = rank_layout(loaded.kv_layout(block_size), loaded.shard.parallel, loaded.shard.rank)
+    shape = (layout.num_layers, num_blocks, 2, layout.num_kv_heads, block_size, layout.head_dim)
+    dtype = getattr(torch, layout.dtype)
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 171, dtype=dtype)
+
+
 class Offline:
-    """Chunk lengths come from `chunk_len` (uncomputed tokens -> tokens of this step). The pool starts poisoned with NaN."""
+    """Chunk lengths come from `chunk_len` (uncomputed tokens -> tokens of this step). The pool starts poisoned with NaN. group:
+    this is the leader's part; the other ranks are somewhere else (tests/ranks.py)."""
 
     def __init__(
-        self, loaded: LoadedModel, *, block_size: int = 8, num_blocks: int = 256, chunk_len: Callable[[int], int] = int
+        self,
+        loaded: LoadedModel,
+        *,
+        block_size: int = 8,
+        num_blocks: int = 256,
+        chunk_len: Callable[[int], int] = int,
+        group: Group | None = None,
     ) -> None:
-        self.layout = layout = loaded.kv_layout(block_size)
-        shape = (layout.num_layers, num_blocks, 2, layout.num_kv_heads, block_size, layout.head_dim)
-        dtype = getattr(torch, layout.dtype)
-        self.kv = torch.full(shape, float("nan") if dtype.is_floating_point else 171, dtype=dtype)
+        self.layout = loaded.kv_layout(block_size)
+        self.kv = poisoned_pool(loaded, block_size, num_blocks)
         self.pool = BlockPool(num_blocks, block_size)
-        self.runner = ModelRunner(loaded, self.kv, layout)
+        self.runner = ModelRunner(loaded, self.kv, self.layout, group=group)
         self.loaded = loaded
         self.chunk_len = chunk_len
         self.running: list[Sequence] = []

@@ -22,7 +22,8 @@ import decode.worker
 import prefill.links
 import prefill.worker
 import scheduler.scheduler
-from kvtransfer.handoff import Inbound, Outbound
+from kvtransfer.handoff import Inbound
+from kvtransfer.outbound import Outbound
 from tests.chaos.fleet import Fleet, make_config
 from tests.system.local import cluster as local_cluster
 from tests.system.local import request

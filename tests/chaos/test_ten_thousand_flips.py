@@ -27,9 +27,10 @@ async def test_ten_thousand_flips(capsys):
     keys = {"model__enable_prefix_caching": False, "prefill__max_num_batched_tokens": 256, "scheduler__tpot_target_s": 60}
     async with cluster(("tcp",), **keys) as made:
         decode, prefill = made.workers
-        receiver = decode.handover._receivers["tcp"]
-        proxy = FaultProxy(receiver.endpoint(), flips)
-        receiver._endpoint = proxy.endpoint
+        receivers = decode.handover._receivers
+        (endpoint,) = receivers.endpoints["tcp"]
+        proxy = FaultProxy(endpoint, flips)
+        receivers.endpoints["tcp"] = (proxy.endpoint,)
         num_requests = 0
         while flips.count < NUM_FLIPS:
             prompts = [[rng.randrange(512) for _ in range(PROMPT_LEN)] for _ in range(8)]

@@ -32,12 +32,17 @@ OTHER = {
     "--block-size": "32",
     "--num-gpu-blocks-override": "77",
     "--kv-cache-memory-bytes": "1GiB",
+    "--host-cache-bytes": "5000",
     "--gpu-memory-utilization": "0.5",
     "--seed": "7",
     "--quantization": None,  # has no other value yet
     "--chat-template": "t.jinja",
     "--prefill": "3",
     "--decode": "2",
+    "--prefill-tp": "2",
+    "--prefill-pp": "3",
+    "--decode-tp": "4",
+    "--decode-pp": "5",
     "--max-num-seqs": "8",
     "--max-num-batched-tokens": "64",
     "--host": "127.0.0.2",
@@ -107,6 +112,11 @@ def test_presets_files_and_sets(tmp_path: Path) -> None:
         (["serve", "--no-enable-chunked-prefil"], "did you mean --no-enable-chunked-prefill?"),
         (["serve", "--max-model", "5"], "unknown option --max-model"),
         (["serve", "a", "b"], "unknown argument b"),
+        (["serve", "--tensor-parallel-size", "2"], "--prefill-tp and --decode-tp"),
+        (["serve", "-tp", "2"], "--prefill-tp and --decode-tp"),
+        (["serve", "--pipeline-parallel-size=2"], "--prefill-pp and --decode-pp"),
+        (["serve", "--prefill-tp", "0"], "prefill.tp = '0' (flag --prefill-tp)"),
+        (["serve", "--decode-pp", "two"], "decode.pp = 'two' (flag --decode-pp)"),
         (["srve"], "unknown command srve; did you mean serve?"),
         (["serve", "--port"], "argument --port: expected one argument"),
         (["serve", "--max-num-seqs", "-4"], "decode.max_num_seqs = '-4' (flag --max-num-seqs)"),
@@ -282,6 +292,7 @@ def gateway() -> Iterator[tuple[str, dict[str, Any]]]:
 def test_status_prints_a_table(gateway: tuple[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     from protocol.kv import KVLayout
     from protocol.messages import Outcome, WorkerInfo
+    from protocol.parallel import ALONE, Parallel
 
     url, answers = gateway
     scheduler = Scheduler()
@@ -300,6 +311,8 @@ def test_status_prints_a_table(gateway: tuple[str, dict[str, Any]], capsys: pyte
                 pid=1,
                 host="h",
                 device="cpu",
+                parallel=Parallel(2, 1) if role == "decode" else ALONE,
+                rank_pids=(1, 4711) if role == "decode" else (),
             ),
             0.0,
         )
@@ -323,6 +336,8 @@ def test_status_prints_a_table(gateway: tuple[str, dict[str, Any]], capsys: pyte
     out = capsys.readouterr().out
     assert f"{url}  healthy  bundled" in out
     assert "decode:0" in out
+    assert "2 x 1" in out
+    assert "1 4711" in out
     assert "0 of 500" in out
     assert "125.0 ms" in out
     assert "2.50 s" in out

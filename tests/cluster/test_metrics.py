@@ -16,6 +16,7 @@ from configs.schema import SchedulerConfig
 from protocol.errors import Overloaded
 from protocol.kv import KVLayout
 from protocol.messages import Admit, Outcome, WorkerBeat, WorkerInfo, WorkerStats
+from protocol.parallel import Parallel
 from scheduler.scheduler import Scheduler
 
 HOSTILE = 'x"} 1\nevil_metric 7\n'  # what a client could send as a class, and a tenant could be called
@@ -314,8 +315,25 @@ def test_nothing_a_client_sends_becomes_a_label(scheduler: Scheduler) -> None:
         "le",
         "block_size",
         "num_gpu_blocks",
+        "rank",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "pid",
     }
     assert {label for family in families(text).values() for s in family.samples for label in s.labels} <= allowed
+
+
+def test_a_group_is_one_worker_with_a_row_for_each_process(scheduler: Scheduler) -> None:
+    group = msgspec.structs.replace(worker("decode", "decode:7"), parallel=Parallel(2, 2), rank_pids=(11, 12, 13, 14))
+    scheduler.register(group, 0.0)
+    text = ClusterMetrics("m").text(scheduler.status(1.0))
+    rows = [s.labels for s in families(text)["tandem_worker_rank_info"].samples]
+    found = [
+        (r["rank"], r["pid"], r["tensor_parallel_size"], r["pipeline_parallel_size"]) for r in rows if r["engine"] == "decode:7"
+    ]
+    assert found == [("0", "11", "2", "2"), ("1", "12", "2", "2"), ("2", "13", "2", "2"), ("3", "14", "2", "2")]
+    assert [(r["pid"], r["tensor_parallel_size"]) for r in rows if r["engine"] == "prefill:0"] == [("1", "1")]
+    assert value(text, "tandem_worker_up", engine="decode:7") == 1
 
 
 def test_names_are_well_formed(scheduler: Scheduler) -> None:

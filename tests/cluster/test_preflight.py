@@ -94,6 +94,18 @@ def test_a_damaged_model(folder: Path, damage: Any, sentence: str, capsys: pytes
         (["toy", "--dtype", "bfloat16"], 2, "leave --dtype away"),
         (["--revision", "v2"], 2, "--revision v2 belongs to a model of a hub; bundled is on this machine"),
         (["~nobody-of-that-name/x"], 1, "cannot look at '~nobody-of-that-name/x'"),
+        (
+            ["--prefill-tp", "3"],
+            2,
+            "prefill workers of 3 x 1 (tp x pp): 3 tensor ranks (--prefill-tp, --decode-tp), but the model has 2 KV",
+        ),
+        (
+            ["--decode-pp", "7"],
+            2,
+            "decode workers of 1 x 7 (tp x pp): 7 pipeline stages (--prefill-pp, --decode-pp), but the model has",
+        ),
+        (["toy", "--decode-tp", "2", "--decode-pp", "5"], 2, "5 pipeline stages"),
+        (["--decode-tp", "2", "--kv-cache-memory-bytes", "1MiB"], 2, "but one sequence of max_model_len = 2048 needs 64 (3 MB)"),
         (["--chat-template", "/no/such.jinja"], 2, "cannot read the chat template /no/such.jinja: No such file"),
     ],
 )
@@ -114,6 +126,9 @@ def test_what_fits_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
         ["--no-enable-chunked-prefill", "--max-model-len", "256"],
         ["--dtype", "bfloat16", "--kv-cache-memory-bytes", "4MiB"],
         ["toy"],
+        ["toy", "--prefill-tp", "4", "--decode-tp", "2", "--decode-pp", "2"],
+        ["--prefill-pp", "6", "--decode-tp", "6"],
+        ["--prefill", "0", "--prefill-tp", "3"],
     ):
         assert serve(capsys, *argv)[0] == 77, argv
 

@@ -183,3 +183,23 @@ def test_an_error_while_deciding_leaves_no_waiter(monkeypatch: pytest.MonkeyPatc
             assert is_clean(made)
 
     run(go())
+
+
+def test_who_asks_again_keeps_its_place_and_gets_the_answer() -> None:
+    """The first answer may be lost; the gateway asks the same once more."""
+
+    async def go() -> None:
+        async with service() as made:
+            first = await in_queue(made, admit("a"))
+            await in_queue(made, admit("b"))
+            again = await in_queue(made, admit("a"))
+            assert [item.admit.request_id for item in made.scheduler.queue] == ["a", "b"]
+            await made.handle(Peer(), INFO)
+            assert isinstance(await again, Ticket)
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            assert made.scheduler.records.counters["submitted"] == 2
+            for request_id in "ab":
+                await made.handle(Peer(), outcome(request_id))
+
+    run(go())

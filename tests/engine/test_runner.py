@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.batch import Chunk, build_batch
+from engine.batch import Chunk, build_batch, plan_step
 from engine.sequence import Sequence
 from models.load import LoadedModel, load_model
 from protocol.request import Request, SamplingParams
@@ -202,14 +202,15 @@ def test_batch_puts_single_tokens_first_and_positions_right(llama: tuple[LoadedM
     long, short = (engine.add(name, list(range(3, 3 + n))) for name, n in (("long", 12), ("short", 9)))
     long.blocks, short.blocks = [4, 9], [2, 7]
     short.num_computed = 8
-    batch = build_batch([Chunk(long, 12, (long,)), Chunk(short, 1, (short,))], engine.layout, torch.device("cpu"))
+    step, wanted = plan_step([Chunk(long, 12, (long,)), Chunk(short, 1, (short,))], BLOCK_SIZE)
+    batch = build_batch(step, engine.layout, torch.device("cpu"))
     assert batch.token_ids.tolist() == [11, *range(3, 15)]
     assert batch.positions.tolist() == [8, *range(12)]
     assert batch.attention.num_single == 1
-    assert [sequence for sequence, _ in batch.samples] == [short, long]
+    assert [sequence for sequence, _ in wanted.samples] == [short, long]
     assert batch.logit_rows.tolist() == [0, 12]
     with pytest.raises(AssertionError, match="no block"):
-        build_batch([Chunk(engine.add("none", [5, 6]), 2)], engine.layout, torch.device("cpu"))
+        plan_step([Chunk(engine.add("none", [5, 6]), 2)], BLOCK_SIZE)
 
 
 def test_warm_up_and_poison_leave_the_pool_as_asked(llama: tuple[LoadedModel, Judge]) -> None:

@@ -74,3 +74,44 @@ def test_paged_decode_compiles(tmp_path: Path) -> None:
             assert shared <= MAX_SHARED_BYTES, f"{where} needs {shared} bytes of shared memory"
             # float32 stays exact: no tf32
             assert uses_tensor_cores == (name == "_attend_split" and dtype != "fp32"), where
+
+
+COMPILE_MOVE = (
+    COMPILE[: COMPILE.index("integers = dict")].replace("import paged_decode", "import kv_pack")
+    + """
+strides = [f"{pool}_stride_{axis}" for pool in ("source", "target") for axis in ("layer", "block", "half")]
+integers = dict.fromkeys(["num_runs", "num_tiles", "half_lanes", *strides], "i32")
+for lane, row_lanes, capability, stores, sums in json.loads(sys.argv[1]):
+    pointers = {"source_ptr": f"*{lane}", "target_ptr": f"*{lane}", "table_ptr": "*i32", "sums_ptr": "*i64"}
+    build(kv_pack._move_runs, pointers | integers,
+          dict(BLOCK_SIZE=16, ROW_LANES=row_lanes, TILE_LANES=kv_pack.TILE_LANES, STORES=stores, SUMS=sums),
+          capability, 4)
+"""
+)
+MOVE_CASES = [
+    ("i64", 32, HOPPER, True, True),
+    ("i64", 32, HOPPER, False, True),
+    ("i64", 32, HOPPER, True, False),
+    ("i32", 15, HOPPER, True, True),
+    ("i16", 5, AMPERE, True, True),
+    ("u8", 3, BLACKWELL, True, True),
+]
+
+
+def test_move_runs_compiles(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_MOVE, json.dumps(MOVE_CASES)],
+        cwd=ROOT,
+        env=env | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    built = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, *_ in built] == ["_move_runs"] * len(MOVE_CASES)
+    for (_, num_bytes, shared, uses_tensor_cores), case in zip(built, MOVE_CASES, strict=True):
+        assert num_bytes > 0, case
+        assert shared <= MAX_SHARED_BYTES, f"{case} needs {shared} bytes of shared memory"
+        assert not uses_tensor_cores, case

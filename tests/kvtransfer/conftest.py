@@ -13,7 +13,7 @@ from kvtransfer.digest import verify
 from kvtransfer.handoff import written_blocks
 from kvtransfer.link import make_receivers, make_sender
 from kvtransfer.pool import KVPool
-from kvtransfer.transport import Receiver, Sender
+from kvtransfer.transport import Receiver, RouteSender
 from protocol.errors import TandemError
 from protocol.kv import KVLayout
 from protocol.ticket import Grant, Manifest, sign
@@ -34,7 +34,7 @@ class Pair:
         self.rng = np.random.default_rng(7)
         self.refill()
         self.receivers: dict[str, Receiver] = {}
-        self.senders: list[Sender] = []
+        self.senders: list[RouteSender] = []
         self._ids = itertools.count()
 
     def refill(self) -> None:
@@ -47,7 +47,7 @@ class Pair:
             self.receivers |= make_receivers(self.target, [name], SECRET, incarnation="D1", stall_timeout_s=1.0)
         return self.receivers[name]
 
-    def sender(self, name: str, **options: object) -> Sender:
+    def sender(self, name: str, **options: object) -> RouteSender:
         options = {"incarnation": "P1", "peer_incarnation": "D1", "endpoint": self.receiver(name).endpoint()} | options
         options = {"stall_timeout_s": 1.0, "connect_timeout_s": 1.0, "secret": SECRET} | options
         sender = make_sender(pool=self.source, **options)  # type: ignore[arg-type]
@@ -91,11 +91,11 @@ class Pair:
         """Source blocks 5, 6, ... for the written indexes."""
         return [(5 + i, index) for i, index in enumerate(range(grant.num_cached_blocks, len(grant.block_ids)))]
 
-    def push_all(self, sender: Sender, grant: Grant) -> None:
+    def push_all(self, sender: RouteSender, grant: Grant) -> None:
         for layer in range(LAYOUT.num_layers):
             sender.push(grant.grant_id, layer, self.pairs(grant))
 
-    async def send(self, sender: Sender, grant: Grant, name: str, endpoint: object = None, timeout: float = 3.0) -> bytes:
+    async def send(self, sender: RouteSender, grant: Grant, name: str, endpoint: object = None, timeout: float = 3.0) -> bytes:
         """The prefill worker's whole part. Raises what finish raises; aborted by then."""
         self.receiver(name).expect(grant)
         sender.open(grant, endpoint or self.receiver(name).endpoint())  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from kvtransfer.faults import Fault, FaultyLane
 from protocol.errors import TandemError, TransferFailed
 from tests.faultproxy import FaultProxy, cut_at, flip_at
 
-STREAM_NBYTES = 1460  # what one transfer sends to the decode worker: hello, two frames of two runs, a fence
+STREAM_NBYTES = 1547  # what one transfer sends to the decode worker: hello, two frames of two runs, a fence
 
 ANSWERS_NBYTES = 273  # greeting, welcome, LANDED
 

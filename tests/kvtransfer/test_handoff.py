@@ -16,11 +16,11 @@ from kvtransfer.handoff import (
     Effect,
     Inbound,
     InboundPhase,
-    Outbound,
     OutboundPhase,
     cached_blocks,
     written_blocks,
 )
+from kvtransfer.outbound import Outbound
 from protocol.errors import TransferFailed
 from protocol.kv import KVLayout
 from protocol.ticket import FirstToken, Grant, Manifest, sign
@@ -69,6 +69,15 @@ def outbound() -> Outbound:
 
 
 # ---- decode side -----------------------------------------------------------------------------------------------------
+
+
+def test_a_reservation_that_comes_twice_is_stale_also_when_its_grant_is_over():
+    inbound = Inbound("D1", LAYOUT, SECRET)
+    grant = make_grant()
+    inbound.granted(grant, 0.0)
+    assert inbound.cancelled("g", writer_stopped=True) is Effect.RELEASE
+    with pytest.raises(TransferFailed, match="stale"):
+        inbound.granted(grant, 1.0)
 
 
 def test_the_good_way(inbound):

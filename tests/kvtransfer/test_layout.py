@@ -98,8 +98,8 @@ sizes = st.builds(Parallel, st.sampled_from([1, 2, 4]), st.integers(1, 3))
 
 @given(layouts, sizes, sizes)
 def test_routes_move_what_a_naive_permutation_moves(layout, source, target):
-    """Every (layer, head) of a made-up model, numbered; each source rank holds its part; after all routes each target rank holds its
-    own, and nothing was written twice."""
+    """Every (layer, head) of a made-up model, numbered; each source rank holds its part; after all routes each target rank
+    holds its own, and nothing was written twice."""
     try:
         check_split(layout, source)
         check_split(layout, target)

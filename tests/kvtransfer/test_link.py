@@ -61,7 +61,7 @@ def test_receivers_by_name_in_order(pair):
     assert list(receivers) == ["tcp", "shm", "memory"]
     assert [type(r.endpoint()) for r in receivers.values()] == [TcpEndpoint, ShmEndpoint, MemoryEndpoint]
     assert receivers["tcp"].endpoint().host == "127.0.0.1"
-    with pytest.raises(ConfigError, match="no KV transport 'rdma'; there are shm, tcp, memory"):
+    with pytest.raises(ConfigError, match="no KV transport 'rdma'; there are cuda_ipc, nccl, shm, tcp, memory"):
         make_receivers(pair.target, ["rdma"], pair.secret)
 
 

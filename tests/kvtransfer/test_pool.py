@@ -69,7 +69,7 @@ def test_too_much_is_one_clear_error():
 def test_other_devices_hold_a_tensor_and_refuse_transfers():
     pool = KVPool(KVLayout(1, 1, 4, 4, "float32", "m"), 2, device="meta")
     assert pool.tensor.shape == (1, 2, 2, 1, 4, 4)
-    with pytest.raises(Unsupported, match="KV on meta cannot be moved"):
+    with pytest.raises(Unsupported, match="KV on meta is not in host memory"):
         pool.run(0, 0)
     with pytest.raises(Unsupported):
         pool.shm_endpoint()

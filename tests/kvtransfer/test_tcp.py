@@ -324,11 +324,12 @@ def test_a_peer_that_stops_answering(pair, run):
 
     async def scenario():
         from kvtransfer.outbox import Outbox
+        from kvtransfer.outgoing import Source
         from kvtransfer.tcp_lane import TcpLane
 
         proxy = FaultProxy(pair.receiver("tcp").endpoint(), mute)
         lane = TcpLane(proxy.endpoint, pair.layout, pair.secret, "P1", "D1", answer_timeout_s=0.3)
-        sender = Outbox(lane, pair.source)
+        sender = Outbox(lane, Source(pair.source))
         first = pair.grant(endpoints=(proxy.endpoint,))
         assert pair.is_verified(first, await pair.send(sender, first, "tcp", proxy.endpoint), "tcp")
         is_mute.set()

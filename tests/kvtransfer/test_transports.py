@@ -12,7 +12,7 @@ import xxhash
 
 from kvtransfer.digest import verify
 from kvtransfer.outbox import Outbox
-from kvtransfer.outgoing import LinkBroken
+from kvtransfer.outgoing import LinkBroken, Source
 from protocol.errors import DeadlineExceeded, HandshakeRefused, TransferFailed
 from protocol.kv import TcpEndpoint
 
@@ -242,7 +242,7 @@ def test_a_full_queue_fails_the_transfer_and_not_the_engine(pair, run):
     async def scenario():
         pair.receiver("tcp")
         lane = StuckLane(pair.receiver("tcp").endpoint())
-        sender = Outbox(lane, pair.source, max_queued=3, push_timeout_s=0.1)
+        sender = Outbox(lane, Source(pair.source), max_queued=3, push_timeout_s=0.1)
         grant = pair.grant()
         sender.open(grant, lane.endpoint)
         started = time.monotonic()
@@ -264,7 +264,7 @@ def test_a_full_queue_fails_the_transfer_and_not_the_engine(pair, run):
 def test_finish_has_a_deadline_and_abort_waits_for_the_store_under_way(pair, run):
     async def scenario():
         lane = StuckLane(pair.receiver("tcp").endpoint())
-        sender = Outbox(lane, pair.source)
+        sender = Outbox(lane, Source(pair.source))
         grant = pair.grant()
         sender.open(grant, lane.endpoint)
         pair.push_all(sender, grant)
@@ -286,7 +286,7 @@ def test_an_unforeseen_error_ends_one_transfer_and_not_the_thread(pair, run):
         lane = StuckLane(pair.receiver("tcp").endpoint())
         lane.may_go.set()
         lane.error = ZeroDivisionError("a bug")
-        sender = Outbox(lane, pair.source)
+        sender = Outbox(lane, Source(pair.source))
         bad, good = pair.grant(), pair.grant()
         sender.open(bad, lane.endpoint)
         sender.push(bad.grant_id, 0, pair.pairs(bad))
@@ -311,7 +311,7 @@ def test_an_unforeseen_error_ends_one_transfer_and_not_the_thread(pair, run):
 def test_every_abort_of_a_grant_waits_for_the_store_under_way(pair, run):
     """A second caller, one that comes after the first gave up waiting, one after finish() failed: none returns early."""
     lane = StuckLane(pair.receiver("shm").endpoint())
-    outbox = Outbox(lane, pair.source)
+    outbox = Outbox(lane, Source(pair.source))
     grant = pair.grant()
 
     async def scenario():

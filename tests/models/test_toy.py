@@ -32,7 +32,7 @@ def test_the_oracle_is_pinned() -> None:
     assert expected([1, 2, 3], 6) == PINNED
 
 
-PINNED = [495, 53, 443, 494, 288, 416]
+PINNED = [57, 458, 335, 287, 494, 431]
 
 
 @pytest.mark.parametrize("block_size", [4, 16])
@@ -76,6 +76,7 @@ class _With:
     """A model with other logits."""
 
     def __init__(self, model: object, logits: object) -> None:
+        self.embed = model.embed  # type: ignore[attr-defined]
         self.forward = model.forward  # type: ignore[attr-defined]
         self.logits = logits
 

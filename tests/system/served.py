@@ -91,7 +91,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, *args: str, env: dict[str, str] | None = None, ready: bool = True) -> Iterator[Served]:
+def serve(
+    folder: Path, *args: str, env: dict[str, str] | None = None, ready: bool = True, patience_s: float = 120
+) -> Iterator[Served]:
     """Start `tandem serve ARGS` and, by default, wait until /health says 200."""
     port = free_port()
     log = folder / f"serve-{port}.log"
@@ -110,7 +112,7 @@ def serve(folder: Path, *args: str, env: dict[str, str] | None = None, ready: bo
     children: list[psutil.Process] = []
     try:
         if ready:
-            served.wait(served.is_healthy, 120, "healthy")
+            served.wait(served.is_healthy, patience_s, "healthy")
         yield served
         children = served.processes()
         if process.poll() is None:

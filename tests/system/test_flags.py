@@ -20,6 +20,7 @@ import msgspec
 import pytest
 import torch
 
+import kvtransfer.group
 from cluster import assembly, cli
 from cluster.door import Door
 from cluster.gateway import Gateway, Limits
@@ -27,10 +28,13 @@ from cluster.local import LocalCluster
 from cluster.loopback import Hub
 from configs.flags import FLAGS
 from configs.schema import KEYS, REFUSALS, Config
+from kvtransfer.link import usable
+from kvtransfer.pool import KVPool
 from models.load import LoadedModel, load_model
 from protocol.errors import WorkerLost
 from protocol.events import Failed, Finished, Tokens
 from protocol.kv import ShmEndpoint, TcpEndpoint
+from protocol.parallel import Parallel
 from scheduler.scheduler import Scheduler
 from tests.system.local import events_of, oracle, request, tokens_of
 
@@ -125,6 +129,17 @@ async def test_prefill_and_decode_are_numbers_of_workers(start, num_prefill, num
         moved = sum(worker.stats().transfers for worker in workers(made, "decode"))
     assert names == sorted([*(f"prefill:{i}" for i in range(num_prefill)), *(f"decode:{i}" for i in range(num_decode))])
     assert moved == (6 if num_prefill else 0)
+
+
+async def test_tp_and_pp_are_the_sizes_of_each_pools_workers(start):
+    async with start("--prefill-tp", "2", "--prefill-pp", "2", "--decode-tp", "1", "--decode-pp", "3") as made:
+        await several(made, 3, 40)
+        prefill, decode = workers(made, "prefill")[0], workers(made, "decode")[0]
+        assert prefill.runner.group.parallel == Parallel(2, 2)
+        assert decode.runner.group.parallel == Parallel(1, 3)
+        shapes = [tuple(worker.runner.kv.shape[i] for i in (0, 3)) for worker in (prefill, decode)]
+        assert shapes == [(2, 1), (2, 2)]  # (own layers, own KV heads) of four layers of two heads
+        assert decode.stats().transfers == 3
 
 
 @pytest.mark.parametrize("num_prefill", ["0", "1"])
@@ -318,8 +333,8 @@ async def test_max_body_bytes(start):
 @pytest.mark.parametrize(("name", "endpoint"), [("tcp", TcpEndpoint), ("shm", ShmEndpoint)])
 async def test_kv_transport(start, monkeypatch, name, endpoint):
     seen = []
-    make_sender = assembly.make_sender
-    monkeypatch.setattr(assembly, "make_sender", lambda end, *a, **k: seen.append(end) or make_sender(end, *a, **k))
+    make_sender = kvtransfer.group.make_sender
+    monkeypatch.setattr(kvtransfer.group, "make_sender", lambda end, *a, **k: seen.append(end) or make_sender(end, *a, **k))
     async with start("--kv-transport", name) as made:
         await several(made, 3, 50)
         stats = workers(made, "decode")[0].stats()
@@ -329,8 +344,10 @@ async def test_kv_transport(start, monkeypatch, name, endpoint):
     assert stats.transfer_bytes == 3 * 7 * block_nbytes  # 50 tokens in blocks of 8
 
 
-def test_auto_prefers_shared_memory(tmp_path):
-    assert assembly.transports_of(config_of(tmp_path)) == ("shm", "tcp")
+def test_auto_prefers_shared_memory(tmp_path, toy):
+    pool = KVPool(toy.kv_layout(8), 1)
+    assert usable(assembly.transports_of(config_of(tmp_path)), pool) == ("shm", "tcp")
+    pool.close()
     assert assembly.transports_of(config_of(tmp_path, "--kv-transport", "tcp")) == ("tcp",)
 
 
@@ -432,7 +449,9 @@ async def test_recovery_timeout_bounds_the_search_for_a_scheduler():
 def test_every_option_has_a_test_here_or_a_refusal():
     text = Path(__file__).read_text() + (ROOT / "tests/cluster/test_preflight.py").read_text()
     text += (ROOT / "tests/engine/test_memory.py").read_text() + (ROOT / "tests/system/test_serve_flags.py").read_text()
-    untested = [flag.flag for flag in FLAGS if flag.flag not in text and flag.key not in REFUSALS]
+    text += (ROOT / "tests/system/test_host_tier.py").read_text()
+    names = {flag.flag: (flag.flag, flag.key.replace(".", "__")) for flag in FLAGS if flag.key not in REFUSALS}
+    untested = [flag for flag, ways in names.items() if not any(way in text for way in ways)]
     assert not untested
 
 
@@ -444,6 +463,8 @@ def test_every_key_is_read_somewhere():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     read.add((ast.unparse(node.value).rsplit(".", 1)[-1].lstrip("_"), node.attr))
+    if ("config", "parallel") in read:  # what configs/ itself makes of tp and pp
+        read |= {(role, name) for role in ("prefill", "decode") for name in ("tp", "pp")}
     ignored = [
         key
         for key in KEYS

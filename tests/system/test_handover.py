@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from decode.handover import MAX_VOID_GRANTS, MAX_VOID_WRITERS
+from decode.writers import MAX_VOID_GRANTS, MAX_VOID_WRITERS
 from kvtransfer.handoff import MEMORY_S
 from kvtransfer.shm import ShmLane
-from protocol.errors import HandshakeRefused, ReservationRefused, TransferFailed, WorkerLost
+from protocol.errors import DeadlineExceeded, HandshakeRefused, ReservationRefused, TransferFailed, WorkerLost
 from protocol.events import Finished
 from protocol.messages import Cancel, StopWriting
 from tests.system.local import cluster, events_of, oracle, request, tokens_of
@@ -66,15 +66,15 @@ async def test_a_quarantine_outlives_the_store_under_way(monkeypatch, first):
         (grant_id,) = decode.handover._jobs
         stops = []
         if first == "stop writing":
-            stops.append(asyncio.create_task(prefill._stop_writing(StopWriting(grant_id))))
+            stops.append(asyncio.create_task(prefill.handover.stop_writing(StopWriting(grant_id))))
             await asyncio.sleep(0.02)
         elif first == "lease":  # while finish() waits
-            job = prefill._by_grant[grant_id]
-            await until(lambda: prefill.outbound.phase(grant_id).value == "finishing")
+            job = prefill.handover._jobs[grant_id]
+            await until(lambda: prefill.handover.outbound.phase(grant_id).value == "finishing")
             prefill._fail(job, TransferFailed("the lease ran out"), "transfer")
             await asyncio.sleep(0.02)
         await abandon(task, events)
-        stops.append(asyncio.create_task(prefill._stop_writing(StopWriting(grant_id))))
+        stops.append(asyncio.create_task(prefill.handover.stop_writing(StopWriting(grant_id))))
         await asyncio.sleep(0.1)
         assert slow.num_ended == 0
         assert not any(stop.done() for stop in stops), "acknowledged while a store was under way"
@@ -93,7 +93,7 @@ async def test_a_quarantine_ends_after_the_connection_broke(monkeypatch, lost):
         events = made.gateway.generate(request(range(40)))
         task = asyncio.create_task(events.__anext__())
         await slow.begun()
-        (link,) = prefill._links.values()
+        (link,) = prefill.handover.links.values()
         if lost == "word":  # it goes into a connection that breaks before it is read, and so does the question
 
             async def unanswered(message, timeout):
@@ -110,15 +110,40 @@ async def test_a_quarantine_ends_after_the_connection_broke(monkeypatch, lost):
             assert decode.pool.num_quarantined > 0
             link.peer.close()
         await until(lambda: decode.pool.num_quarantined == 0 and decode.pool.num_used == 0)
-        await until(lambda: prefill._links.num_owed == 0)
+        await until(lambda: prefill.handover.links.num_owed == 0)
         assert tokens_of(await events_of(made, request(range(40)))) == oracle(list(range(40)), 8)
+
+
+@pytest.mark.parametrize("lost", ["connection", "answer"])
+async def test_a_handshake_whose_answer_is_lost_is_made_again(monkeypatch, lost):
+    """Decode knows the writer then and waits for its word; without another hand-shake nobody could ask for it."""
+    async with cluster(("shm",)) as made:
+        decode, prefill = made.workers
+        handshake, num_lost = decode.handover.handshake, []
+
+        def unheard(peer, message):
+            answer = handshake(peer, message)
+            if not num_lost:
+                num_lost.append(1)
+                if lost == "connection":
+                    peer.close()
+                raise DeadlineExceeded("the answer got lost")
+            return answer
+
+        monkeypatch.setattr(decode.handover, "handshake", unheard)
+        events = made.gateway.generate(request(range(40)))
+        task = asyncio.create_task(events.__anext__())
+        await until(lambda: decode.pool.num_quarantined > 0 or prefill._links.num_owed > 0)
+        await abandon(task, events)
+        await until(lambda: prefill._links.num_owed == 0 and len(prefill._links) == 1)
+        await until(lambda: decode.pool.num_quarantined == 0 and decode.pool.num_used == 0)
 
 
 async def test_nobody_waits_for_an_incarnation_that_is_gone():
     async with cluster(("shm",)) as made:
         await events_of(made, request(range(40)))
         decode, prefill = made.workers
-        links, address = prefill._links, decode.handover._network.address
+        links, address = prefill.handover.links, decode.handover._network.address
         links._owe("decode:0/gone", address, ["g1"])
         await until(lambda: links.num_owed == 0)
         for i in range(100):
@@ -136,7 +161,7 @@ async def test_a_pidfd_for_each_writer_and_no_more():
         for i in range(4):
             await events_of(made, request([i] * 40))
             counts.append(num_pidfds())
-            for link in list(made.workers[1]._links.values()):
+            for link in list(made.workers[1].handover.links.values()):
                 link.peer.close()
             await asyncio.sleep(0.02)
         assert counts == counts[:1] * 4
@@ -149,29 +174,29 @@ def _is_open(fd):
 async def test_what_is_void_is_said_at_every_handshake_and_remembered_within_bounds():
     async with cluster(("shm",)) as made:
         decode, prefill = made.workers
-        handover, now = decode.handover, [0.0]
-        handover._clock = lambda: now[0]
+        handover, writers, now = decode.handover, decode.handover.writers, [0.0]
+        writers._clock = lambda: now[0]
 
         def taken_back(writer, i):
             return handover._has_stopped(SimpleNamespace(prefill_incarnation=writer, grant_id=f"{writer}/{i}"))
 
-        handshake = prefill._links._handshake
+        handshake = prefill.handover.links._handshake
         me = prefill.settings.incarnation
         assert taken_back(me, 0)
         peer = SimpleNamespace(name="p", is_closed=False)
         for _ in range(2):  # the first answer is lost
             assert handover.handshake(peer, handshake).void_grants == (f"{me}/0",)
-        del handover._void[me]
-        handover._writers.pop(me).close()
+        del writers._void[me]
+        writers._writers.pop(me).close()
 
         assert all(taken_back("w", i) for i in range(MAX_VOID_GRANTS))
         assert not taken_back("w", "one more")
         assert all(taken_back(f"w{i}", 0) for i in range(MAX_VOID_WRITERS - 1))
         assert not taken_back("another", 0), "quarantine, as it cannot be remembered"
-        assert len(handover._void) == MAX_VOID_WRITERS
+        assert len(writers._void) == MAX_VOID_WRITERS
         now[0] += MEMORY_S + 1
         assert taken_back("another", 0)
-        assert list(handover._void) == ["another"]
+        assert list(writers._void) == ["another"]
 
 
 async def test_a_prefill_worker_that_takes_nothing_is_a_matter_of_trying_again():
@@ -213,7 +238,7 @@ async def test_memory_that_cannot_be_mapped_now_is_a_matter_of_trying_again(monk
 async def test_what_happens_during_the_handshake_counts(monkeypatch, what):
     async with cluster() as made:
         decode, prefill = made.workers
-        links, shake = prefill._links, prefill._links._shake_hands
+        links, shake = prefill.handover.links, prefill.handover.links._shake_hands
         may_go = asyncio.Event()
 
         async def slow(*args):

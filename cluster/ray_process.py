@@ -1,0 +1,50 @@
+"""What Ray and Serve do to a process of ours, and how that is undone: its title, its open port, its signals.
+
+Each function leans on an inside of Ray 2.60 that has no public door; tests/system/test_serve.py sees when one moves. Called once,
+from the constructors in `deployments.py` and `ray_ranks.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+
+def set_title(name: str) -> None:
+    """`tandem:decode:0` in ps and top. Ray would name the process anew around each task: its way of doing so is taken away."""
+    ray._raylet.setproctitle(f"tandem:{name}")
+    ray._raylet.setproctitle = lambda title: None
+    # Ctrl-C in a terminal reaches the whole process group; only the command itself decides what happens then.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def keep_serve_inside(host: str) -> None:
+    """Serve opens a gRPC server in every replica, on all interfaces, unauthenticated, and it unpickles what arrives.
+
+    Nothing of ours uses it: it is bound to the address that our own sockets have, loopback unless somebody asked for more. Called
+    from a replica's constructor, which runs before Serve opens it.
+    """
+    from ray.serve._private import replica
+
+    bind = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, f"{host}:{address.rsplit(':', 1)[1]}")
+
+
+def on_sigterm(act: Callable[[], None]) -> None:
+    """Call act() on SIGTERM, in the main thread, instead of Ray's own way, which is to exit there and then.
+
+    Ray's handler stays, as only the main thread may set one and constructors of ours run elsewhere; what it calls is replaced.
+    """
+    from ray._private import worker
+
+    assert hasattr(worker, "raise_sys_exit_with_custom_error_message"), "Ray handles SIGTERM in another way now"
+
+    def instead(*_: Any, **__: Any) -> None:
+        act()
+
+    worker.raise_sys_exit_with_custom_error_message = instead
