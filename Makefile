@@ -41,11 +41,11 @@ types: ## mypy, strict, on the pure folders
 test-more: ## the longer tests (TANDEM_TRACES and TANDEM_CRDS name the data they read)
 	@.ci/setup test && exec $(BIN)/python -m pytest -m more $(ARGS)
 
-chaos: ## kill workers, cut connections, and count
-	@.ci/setup test && exec $(BIN)/python -m pytest -m chaos $(ARGS)
+chaos: ## kill workers under load, compare every token, and count (TANDEM_CHAOS_SEED, TANDEM_CHAOS_KILLS)
+	@.ci/setup test && exec $(BIN)/python -m pytest -m chaos -o faulthandler_timeout=0 $(ARGS)
 
-soak: ## run for a long time and watch memory and blocks
-	@.ci/setup test && exec $(BIN)/python -m pytest -m soak $(ARGS)
+soak: ## a hundred thousand hand-overs: blocks, memory, descriptors, threads as at the start (TANDEM_SOAK_REQUESTS)
+	@.ci/setup test && exec $(BIN)/python -m pytest -m soak -s -o faulthandler_timeout=0 $(ARGS)
 
 bench: ## measure (ARGS="..."; without any it lists what there is)
 	@.ci/setup test && exec $(BIN)/python -m bench $(ARGS)

@@ -8,6 +8,7 @@ import itertools
 import random
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from api.detokenize import Detokenizer
@@ -17,7 +18,7 @@ from cluster.gateway import Gateway
 from cluster.wire import SocketNetwork
 from models.locate import locate
 from protocol.request import Request, SamplingParams
-from tests.chaos.fleet import Fleet
+from tests.chaos.fleet import Fleet, make_config
 from tests.chaos.load import Load, Stream
 
 _ids = itertools.count()
@@ -38,6 +39,11 @@ class Door:
 
     def begin(self, num_streams: int, **shape: Any) -> list[asyncio.Task[Stream]]:
         return [asyncio.create_task(self.load.run(self.request(**shape))) for _ in range(num_streams)]
+
+    def is_streaming(self, num_streams: int) -> bool:
+        """So many are under way, and each has had a few tokens."""
+        under_way = self.load._streams.values()
+        return len(under_way) == num_streams and all(stream.num_events > 3 for stream in under_way)
 
     async def streams(self, num_streams: int, seconds: float = 60.0, **shape: Any) -> list[Stream]:
         """So many at once; each is exact and ends well, or this raises."""
@@ -70,6 +76,22 @@ async def door(fleet: Fleet) -> AsyncIterator[Door]:
         yield Door(gateway)
     finally:
         await gateway.close()
+
+
+STEPS: dict[str, dict[str, Any]] = {"decode": {"min_step_s": 0.02}, "prefill": {"min_step_s": 0.01}}
+
+
+@contextlib.asynccontextmanager
+async def fleet_and_door(
+    folder: Path, prefill: int, decode: int, specs: dict[str, dict[str, Any]] | None = None, gateways: int = 0, **keys: Any
+) -> AsyncIterator[tuple[Fleet, Door]]:
+    """On leaving: every living worker idle with all its blocks, no process left."""
+    merged = {role: {**STEPS.get(role, {}), **(specs or {}).get(role, {})} for role in {*STEPS, *(specs or {})}}
+    fleet = Fleet(folder, make_config(**keys), {"gateway": gateways, "prefill": prefill, "decode": decode}, merged)
+    async with fleet, door(fleet) as opened:
+        yield fleet, opened
+        await fleet.settle()
+    assert not fleet.survivors()
 
 
 async def until(condition: Any, seconds: float, what: str) -> float:

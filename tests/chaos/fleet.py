@@ -15,7 +15,9 @@ import itertools
 import json
 import os
 import secrets
+import select
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +32,7 @@ from configs.schema import Config
 from kvtransfer.process import start_ticks
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = 60.0
+START_S = 180.0  # of importing everything, on a machine that has other things to do
 READY_S = 20.0
 CALL_S = 60.0
 
@@ -124,6 +126,43 @@ class Slot:
         self.life: Life | None = None
 
 
+class Zygote:
+    """The process that forks (`zygote.py`); one for all fleets of this test run, as importing takes seconds."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        command = [sys.executable, "-m", "tests.chaos.zygote", str(os.getpid())]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=ROOT, env=environment)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self.stdin, self.stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+        self._pending = b""
+        deadline = time.monotonic() + START_S
+        while not self.heard(max(0.0, deadline - time.monotonic())):
+            assert time.monotonic() < deadline, "the zygote does not start"
+            assert self._process.poll() is None, "the zygote ended"
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def heard(self, seconds: float = 0.0) -> list[dict[str, Any]]:
+        if not select.select([self.stdout], [], [], seconds)[0]:
+            return []
+        *lines, self._pending = (self._pending + os.read(self.stdout, 1 << 16)).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+
+_zygotes: list[Zygote] = []
+
+
+def zygote() -> Zygote:
+    if not _zygotes or not _zygotes[-1].is_alive:
+        _zygotes.append(Zygote())
+    return _zygotes[-1]
+
+
 def make_config(**keys: Any) -> Config:
     """Keys as `decode__max_num_seqs=8`; the toy model with a pool that holds the whole load on one worker."""
     flags = {
@@ -170,8 +209,9 @@ class Fleet:
                 name = f"{role}:{index}" if role != "scheduler" else role
                 spec = {"slot": name, "role": role, "index": index, **(specs or {}).get(role, {}), **(specs or {}).get(name, {})}
                 self.slots[name] = Slot(name, spec)
-        self._zygote: asyncio.subprocess.Process
+        self._zygote: Zygote
         self._lives: dict[int, Life] = {}  # by ticket
+        self._by_pid: dict[int, Life] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closing = False
 
@@ -237,20 +277,10 @@ class Fleet:
         self._short = tempfile.TemporaryDirectory(prefix="tandem-fleet-")  # a socket's path is 107 bytes at most
         self._control = f"{self._short.name}/control"
         self._server = await asyncio.start_unix_server(self._accept, self._control, limit=1 << 26)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [sys.executable, "-m", "tests.chaos.zygote", str(os.getpid())]
-        pipe = asyncio.subprocess.PIPE
-        with (self.folder / "zygote.log").open("wb") as log:
-            self._zygote = await asyncio.create_subprocess_exec(
-                *command, stdin=pipe, stdout=pipe, stderr=log, cwd=ROOT, env=environment
-            )
-        self.pids[self._zygote.pid] = start_ticks(self._zygote.pid)
+        self._zygote = zygote()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._zygote.stdout, self._hear)
         try:
-            assert self._zygote.stdout is not None
-            async with asyncio.timeout(START_S):
-                line = await self._zygote.stdout.readline()
-            assert line, f"the zygote ended\n{self.tail()}"
-            self._spawn(self._listen())
             self.start("scheduler")
             await self.ready("scheduler")
             for name in self.slots:
@@ -275,10 +305,7 @@ class Fleet:
             async with asyncio.timeout(10):
                 for life in list(self._lives.values()):
                     await life.ended.wait()
-        if self._zygote.returncode is None:
-            assert self._zygote.stdin is not None
-            self._zygote.stdin.close()
-            await self._zygote.wait()
+        asyncio.get_running_loop().remove_reader(self._zygote.stdout)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -294,15 +321,14 @@ class Fleet:
             "ticket": life.ticket,
             "control": self._control,
             "folder": str(self.folder),
-            "log": str(self.folder / f"{name}.log"),
+            "log": spec.get("log") or str(self.folder / f"{name}.log"),
             "config": spec.get("config") or msgspec.to_builtins(self.config),
             "secret": self.secret.hex(),
         }
         if callable(spec.get("transports")):
             spec["transports"] = spec["transports"]()
         slot.num_lives += 1
-        assert self._zygote.stdin is not None
-        self._zygote.stdin.write(json.dumps(spec).encode() + b"\n")
+        os.write(self._zygote.stdin, json.dumps(spec).encode() + b"\n")
         return life
 
     def _spawn(self, work: Any) -> None:
@@ -310,20 +336,17 @@ class Fleet:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _listen(self) -> None:
-        """To the zygote: who was forked, who ended."""
-        by_pid: dict[int, Life] = {}
-        assert self._zygote.stdout is not None
-        while line := await self._zygote.stdout.readline():
-            message = json.loads(line)
+    def _hear(self) -> None:
+        """From the zygote: who was forked, who ended. Of children of an earlier fleet nothing is wanted any more."""
+        for message in self._zygote.heard():
             if "pid" in message:
                 life = self._lives[message["ticket"]]
                 life.pid = message["pid"]
                 life.ticks = self.pids[life.pid] = start_ticks(life.pid)
-                by_pid[life.pid] = life
+                self._by_pid[life.pid] = life
                 life.forked.set()
-            elif "exit" in message:
-                life = by_pid.pop(message["exit"])
+            elif message.get("exit") in self._by_pid:
+                life = self._by_pid.pop(message["exit"])
                 life.ending(message["status"])
                 del self._lives[life.ticket]
                 slot = next((s for s in self.slots.values() if s.life is life), None)

@@ -13,10 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wants(spec: dict[str, Any], when: str) -> bool:
-    return (spec.get("hook") or {}).get("when") == when
-
-
 def install(spec: dict[str, Any], worker: Any) -> None:
     hook = spec.get("hook")
     if hook:
@@ -63,14 +59,14 @@ def _is_canary(chunks: Any) -> bool:
 
 
 def _sender(worker: Any, name: str, trap: _Trap) -> None:
-    make = worker._make_sender
+    make = worker.connector.rank_sender
 
     def made(*args: Any) -> Any:
         sender = make(*args)
         _around(sender, name, before=lambda *a, **kw: trap())
         return sender
 
-    worker._make_sender = made
+    worker.connector.rank_sender = made
 
 
 def _sealed(worker: Any, trap: _Trap) -> None:
@@ -89,6 +85,4 @@ INSTALL: dict[str, Callable[[Any, _Trap], None]] = {
     "finish": lambda worker, trap: _sender(worker, "finish", trap),
     "sealed": _sealed,
     "token": _token,
-    "reserve": lambda worker, trap: _around(worker, "_reserve", before=lambda *a, **kw: trap()),
-    "seal": lambda worker, trap: _around(worker, "_seal", before=lambda *a, **kw: trap()),
 }

@@ -48,11 +48,13 @@ class Stream:
         self.tokens: list[list[int]] = [[] for _ in range(request.sampling.n)]
         self.terminal: list[Event] = []
         self.faults: list[str] = []  # what is wrong with it, in words
+        self._verdict: str | None = None
         self.num_events = 0
         self.began_at = time.monotonic()
         self.first_token_at: float | None = None
         self.longest_silence_s = 0.0
         self.ended_at = 0.0
+        self.decode = ""  # the incarnation that decodes it now
         self._heard_at = self.began_at
         self.epochs: list[tuple[int, int]] = []  # (index, epoch) of each event
 
@@ -81,6 +83,8 @@ class Stream:
 
     def check(self) -> str:
         """ "" when all is well, else "wrong", "lost" or "failed"; the words are in `faults`."""
+        if self._verdict is not None:
+            return self._verdict
         wanted = oracle(self.request.prompt_token_ids, max((len(t) for t in self.tokens), default=0))
         for choice, tokens in enumerate(self.tokens):
             if tokens != wanted[: len(tokens)]:
@@ -90,6 +94,11 @@ class Stream:
 
     def check_end(self) -> str:
         """What can be said without an oracle."""
+        if self._verdict is None:
+            self._verdict = self._judge()
+        return self._verdict
+
+    def _judge(self) -> str:
         sampling = self.request.sampling
         if self.faults:
             return "wrong"
@@ -232,10 +241,12 @@ class Load:
                 if isinstance(event, Tokens):
                     self._longest_silence_s = max(self._longest_silence_s, stream.longest_silence_s)
                     self._counts["tokens"] += len(event.token_ids)
-                    stream.epochs.append((event.index, self.gateway._walks[request.request_id].epoch))
+                    walk = self.gateway._walks[request.request_id]
+                    stream.epochs.append((event.index, walk.epoch))
+                    stream.decode = walk.attempt.ticket.decode.incarnation
                     if request.request_id in self._open:
                         self._heard(request.request_id, now)
-                if leaves_after is not None and stream.num_events >= leaves_after:
+                if leaves_after is not None and len(stream.tokens[0]) >= leaves_after:
                     break
         finally:
             await generation.aclose()

@@ -44,7 +44,7 @@ Handlers = dict[str, Callable[..., Any]]
 
 
 def main(spec: dict[str, Any]) -> None:
-    level = os.environ.get("TANDEM_CHAOS_LOG", "WARNING").upper()
+    level = spec.get("log_level") or os.environ.get("TANDEM_CHAOS_LOG", "WARNING").upper()
     logging.basicConfig(level=level, format=f"%(asctime)s {spec['slot']} %(name)s %(levelname)s %(message)s")
     torch.set_num_threads(1)
     if spec.get("max_fds"):
@@ -97,6 +97,8 @@ def finder(spec: dict[str, Any]) -> Callable[[], Awaitable[str]]:
     path = Path(spec["folder"]) / "scheduler"
 
     async def find() -> str:
+        if spec.get("scheduler_at"):
+            return str(spec["scheduler_at"])
         try:
             return path.read_text()
         except FileNotFoundError:
@@ -157,16 +159,14 @@ async def gateway(spec: dict[str, Any]) -> None:
 
 
 async def worker(spec: dict[str, Any]) -> None:
-    """As `cluster.deployments.WorkerReplica` starts one."""
+    """As `cluster.life.WorkerLife` lives, with room for proxies, hooks and slower steps between its parts."""
     config, role = config_of(spec), spec["role"]
-    if hooks.wants(spec, "constructor"):
-        raise RuntimeError("this constructor fails")
     loop = asyncio.get_running_loop()
     incarnation = new_incarnation(role, spec["index"])
     network = network_of(spec, spec["slot"])
-    engine_pool, verify_pool = ThreadPoolExecutor(1, "engine"), ThreadPoolExecutor(1, "verify")
+    engine_thread, verify_thread = ThreadPoolExecutor(1, "engine"), ThreadPoolExecutor(1, "verify")
 
-    def executor(pool: ThreadPoolExecutor, min_step_s: float = 0.0) -> assembly.Compute:
+    def executor(thread: ThreadPoolExecutor, min_step_s: float = 0.0) -> assembly.Compute:
         def paced(function: Callable[[], Any]) -> Any:
             until = time.monotonic() + min_step_s
             try:
@@ -174,24 +174,25 @@ async def worker(spec: dict[str, Any]) -> None:
             finally:
                 time.sleep(max(0.0, until - time.monotonic()))
 
-        return lambda function: loop.run_in_executor(pool, paced if min_step_s else _call, function)
+        async def compute(function: Callable[[], Any]) -> Any:
+            return await loop.run_in_executor(thread, paced, function)
 
-    engine = assembly.build_engine(config, assembly.load(config), 1)
-    compute = executor(engine_pool, spec.get("min_step_s", 0.0))
-    transports = tuple(spec.get("transports") or assembly.transports_of(config))
-    secret = bytes.fromhex(spec["secret"])
+        return compute
+
+    loaded = assembly.load(config)
+    engine = assembly.build_engine(config, loaded, assembly.num_blocks(config, role, loaded), 1)
+    computes = (executor(engine_thread, spec.get("min_step_s", 0.0)), executor(verify_thread))
     known_as = Advertised(network, spec["seen_by_peers_at"]) if spec.get("seen_by_peers_at") else network
-    common = (config, engine, incarnation, known_as, time.monotonic, compute)
-    if role == "decode":
-        made: Any = assembly.build_decode(*common, executor(verify_pool), secret, transports)
-    else:
-        made = assembly.build_prefill(*common, secret, transports)
+    secret = bytes.fromhex(spec["secret"])
+    parts = assembly.Parts(config, engine, incarnation, known_as, time.monotonic, *computes, secret)
+    transports = tuple(spec.get("transports") or assembly.transports_of(config))
+    made: Any = assembly.build_worker(role, parts, assembly.NO_OTHERS, transports)
     await made.start()
     kv_port = _advertise_kv(made, spec.get("kv_seen_at")) if role == "decode" else 0
     hooks.install(spec, made)
-    canary = assembly.canary(engine, made, executor(engine_pool), time.monotonic)
+    canary = assembly.canary(engine, made, executor(engine_thread), time.monotonic)
     await canary()
-    info = assembly.worker_info(role, spec["slot"], incarnation, config, engine, network)
+    info = assembly.worker_info(role, spec["slot"], parts, assembly.NO_OTHERS)
     info = msgspec.structs.replace(info, address=spec.get("seen_by_gateways_at") or network.address)
     agent = Agent(made, info, network, finder(spec), config.scheduler.heartbeat_s, canary)
     running = asyncio.create_task(made.run())
@@ -203,19 +204,17 @@ async def worker(spec: dict[str, Any]) -> None:
 
     def check() -> dict[str, Any]:
         assert not running.done(), "the engine loop ended"
-        made.check_integrity()
+        if made.is_idle and made.pool.num_used == made.pool.num_quarantined:  # a step that is under way holds blocks to its end
+            made.check_integrity()
         stats = msgspec.to_builtins(made.stats())
-        receivers = made.handover._receivers.values() if role == "decode" else ()
-        counters = {"refused": sum(getattr(receiver, "num_refused", 0) for receiver in receivers)}
+        counters = {"refused": getattr(_tcp_receiver(made), "num_refused", 0) if role == "decode" else 0}
         return {**stats, **counters, "used": made.pool.num_used, "is_idle": made.is_idle, "incarnation": incarnation}
 
     async def drain(seconds: float) -> bool:
-        """What `WorkerReplica.__del__` does."""
+        """What a replica does at its end; then the process goes."""
         made.is_draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while not made.is_idle:
-                    await asyncio.sleep(0.05)
+        agent.beat_now()
+        await made.drain(seconds)
         running.cancel()
         await agent.close()
         await network.close()
@@ -226,10 +225,6 @@ async def worker(spec: dict[str, Any]) -> None:
     await Control(spec).serve(
         handlers, address=network.address, incarnation=incarnation, kv_port=kv_port, transports=list(transports)
     )
-
-
-def _call(function: Callable[[], Any]) -> Any:
-    return function()
 
 
 class Advertised:
@@ -243,15 +238,18 @@ class Advertised:
         return getattr(self._inner, name)
 
 
+def _tcp_receiver(made: Any) -> Any:
+    return made.handover._receivers._own._receivers.get("tcp")
+
+
 def _advertise_kv(made: Any, port: int | None) -> int:
     """-> where KV really arrives over TCP, 0 without that transport. Peers are told `port` instead, if there is one."""
-    receiver = made.handover._receivers.get("tcp")
+    receiver = _tcp_receiver(made)
     if receiver is None:
         return 0
-    real: int = receiver.endpoint().port
     if port:
-        receiver._endpoint = TcpEndpoint("127.0.0.1", port)
-    return real
+        made.handover._receivers.endpoints["tcp"] = (TcpEndpoint("127.0.0.1", port),)
+    return int(receiver.endpoint().port)
 
 
 ROLES: dict[str, Callable[[dict[str, Any]], Awaitable[None]]] = {

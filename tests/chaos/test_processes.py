@@ -1,5 +1,5 @@
-"""Faults of processes at chosen moments, on a fleet of real ones: rows 1 to 21 of the table in docs/reliability.md, as far as no Ray
-is needed for them. Every test ends with all streams exact, all blocks back and nothing left behind.
+"""Faults of processes at chosen moments, on a fleet of real ones: rows 1 to 21 of the table in docs/reliability.md, as far as they
+need no Ray. Every test ends with all streams exact, all blocks back and nothing left behind.
 """
 
 from __future__ import annotations
@@ -11,33 +11,15 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from protocol.events import Failed
-from tests.chaos.door import Door, door, exact, until
-from tests.chaos.fleet import Fleet, make_config
+from tests.chaos.door import door, exact, fleet_and_door, until
+from tests.chaos.fleet import Fleet
 
 pytestmark = [pytest.mark.more, pytest.mark.timeout(120)]
-
-STEPS: dict[str, dict[str, Any]] = {"decode": {"min_step_s": 0.02}, "prefill": {"min_step_s": 0.01}}
-
-
-@contextlib.asynccontextmanager
-async def fleet_and_door(
-    folder: Path, prefill: int, decode: int, specs: dict[str, dict[str, Any]] | None = None, gateways: int = 0, **keys: Any
-) -> AsyncIterator[tuple[Fleet, Door]]:
-    """On leaving: every living worker idle with all its blocks, no process left."""
-    merged = {role: {**STEPS.get(role, {}), **(specs or {}).get(role, {})} for role in {*STEPS, *(specs or {})}}
-    fleet = Fleet(folder, make_config(**keys), {"gateway": gateways, "prefill": prefill, "decode": decode}, merged)
-    async with fleet, door(fleet) as opened:
-        yield fleet, opened
-        await fleet.settle()
-    assert not fleet.survivors()
 
 
 def stopped(fleet: Fleet, name: str) -> bool:
@@ -119,7 +101,7 @@ async def test_the_scheduler_killed(tmp_path):
     """Row 6: running streams do not notice; its successor knows what runs, from the workers' heartbeats."""
     async with fleet_and_door(tmp_path, 2, 2) as (fleet, opened):
         streaming = opened.begin(12, max_tokens=200)
-        await until(lambda: all(s.num_events > 5 for s in opened.load._streams.values()), 10, "all stream")
+        await until(lambda: opened.is_streaming(12), 10, "all stream")
         fleet["scheduler"].kill()
         killed = time.monotonic()
         await opened.streams(1, max_tokens=2)
@@ -269,7 +251,7 @@ async def test_out_of_descriptors(tmp_path):
     async with fleet_and_door(tmp_path, 1, 1) as (fleet, opened):
         await opened.streams(2)
         streaming = opened.begin(8, max_tokens=300)
-        await until(lambda: all(s.num_events > 3 for s in opened.load._streams.values()), 10, "all stream")
+        await until(lambda: opened.is_streaming(8), 10, "all stream")
         process = psutil.Process(fleet["decode:0"].pid)
         limits = process.rlimit(resource.RLIMIT_NOFILE)
         process.rlimit(resource.RLIMIT_NOFILE, (process.num_fds() + 2, limits[1]))
