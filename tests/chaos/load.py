@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from cluster.gateway import Gateway
-from models.toy import _ODD, NUM_CELLS, ROOT, _token
+from models.toy import _CELL_FACTORS, _LANE_FACTORS, NUM_LANES, ROOT, _token
 from protocol.events import Event, Failed, Finished, Tokens
 from protocol.request import Request, SamplingParams
 
@@ -25,17 +25,18 @@ MAX_NAMED = 20  # of each kind of violation, in full
 
 def oracle(prompt: Sequence[int], num_tokens: int) -> list[int]:
     """models.toy.toy_next_token, num_tokens times, without hashing the beginning again for each."""
-    room = len(prompt) + num_tokens
-    cells = np.empty((NUM_CELLS, room), dtype=np.uint64)
+    lanes = [xxhash.xxh3_64() for _ in range(NUM_LANES)]
     parent, tokens = ROOT, []
     given = iter(prompt)
-    for place in range(room):
+    for _ in range(len(prompt) + num_tokens):
         token = next(given, None)
         if token is None:
-            token = _token(xxhash.xxh3_64_intdigest(np.ascontiguousarray(cells[:, :place]).tobytes()))
+            hashes = np.array([lane.intdigest() for lane in lanes], dtype=np.uint64)
+            token = _token(int((hashes * _LANE_FACTORS).sum(dtype=np.uint64)))
             tokens.append(token)
         parent = xxhash.xxh3_64_intdigest(parent.to_bytes(8, "little") + int(token).to_bytes(4, "little"))
-        cells[:, place] = np.uint64(parent) * _ODD
+        for lane, cell in zip(lanes, (np.uint64(parent) * _CELL_FACTORS).astype("<u8"), strict=True):
+            lane.update(cell.tobytes())
     return tokens
 
 
