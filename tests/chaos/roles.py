@@ -149,6 +149,7 @@ async def gateway(spec: dict[str, Any]) -> None:
         "start": load.start,
         "mark": load.mark,
         "continued": load.continued,
+        "waiting": load.waiting,
         "drain": load.drain,
         "report": load.report,
         "in_flight": lambda: made.num_in_flight,
