@@ -9,35 +9,14 @@ import asyncio
 import collections
 import random
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import xxhash
-
 from cluster.gateway import Gateway
-from models.toy import _CELL_FACTORS, _LANE_FACTORS, NUM_LANES, ROOT, _token
+from models.toy import toy_answer
 from protocol.events import Event, Failed, Finished, Tokens
 from protocol.request import Request, SamplingParams
 
 MAX_NAMED = 20  # of each kind of violation, in full
-
-
-def oracle(prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """models.toy.toy_next_token, num_tokens times, without hashing the beginning again for each."""
-    lanes = [xxhash.xxh3_64() for _ in range(NUM_LANES)]
-    parent, tokens = ROOT, []
-    given = iter(prompt)
-    for _ in range(len(prompt) + num_tokens):
-        token = next(given, None)
-        if token is None:
-            hashes = np.array([lane.intdigest() for lane in lanes], dtype=np.uint64)
-            token = _token(int((hashes * _LANE_FACTORS).sum(dtype=np.uint64)))
-            tokens.append(token)
-        parent = xxhash.xxh3_64_intdigest(parent.to_bytes(8, "little") + int(token).to_bytes(4, "little"))
-        for lane, cell in zip(lanes, (np.uint64(parent) * _CELL_FACTORS).astype("<u8"), strict=True):
-            lane.update(cell.tobytes())
-    return tokens
 
 
 class Stream:
@@ -86,7 +65,7 @@ class Stream:
         """ "" when all is well, else "wrong", "lost" or "failed"; the words are in `faults`."""
         if self._verdict is not None:
             return self._verdict
-        wanted = oracle(self.request.prompt_token_ids, max((len(t) for t in self.tokens), default=0))
+        wanted = toy_answer(self.request.prompt_token_ids, max((len(t) for t in self.tokens), default=0))
         for choice, tokens in enumerate(self.tokens):
             if tokens != wanted[: len(tokens)]:
                 place = next(i for i, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b)

@@ -12,11 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cluster.walk import Walk
 from decode.handover import Handover
+from engine.prefix import full_block_hashes
+from engine.sequence import Sequence
+from kvtransfer.handoff import Inbound
 from protocol.events import Failed, Finished, Tokens
-from tests.faults.machines import Machine, Machines
-from tests.faults.model import Chains
+from protocol.ticket import is_authentic
+from tests.faults.machines import SECRET, Machine, Machines
+from tests.faults.model import BLOCK_SIZE, LAYOUT, Chains, block_cells
 from tests.faults.plans import STOP_EVERY, Plan
 
 if TYPE_CHECKING:
@@ -98,6 +104,7 @@ class Checks:
     def installed(self) -> Iterator[None]:
         """S7: spies where something of an epoch is applied."""
         absorb, verify, report = Walk.absorb, Handover.verify, self._report
+        check_landed, give_back = Inbound.check_landed, Handover._give_back
 
         def spied_absorb(walk: Walk, update: Any, now: float) -> Any:
             if update.epoch != walk.epoch:
@@ -111,11 +118,41 @@ class Checks:
                 report(f"S7 {manifest.grant_id} sealed, the newest epoch is {newest}, dropped: {job.is_dropped}")
             return job
 
-        Walk.absorb, Handover.verify = spied_absorb, spied_verify  # type: ignore[method-assign]
-        try:
+        def spied_landed(inbound: Inbound, landed: Any, now: float) -> Any:
+            grant = check_landed(inbound, landed, now)
+            self.numbers["landed" if grant is not None else "landed_too_late"] += 1
+            if not is_authentic(landed, SECRET):
+                report(f"R1 a forged paper about {landed.grant_id} was not refused")
+            return grant
+
+        def spied_give_back(handover: Handover, grant_id: str, effect: Any, hashes: Any) -> None:
+            self._kept(handover, grant_id, hashes)
+            give_back(handover, grant_id, effect, hashes)
+
+        with contextlib.ExitStack() as stack:
+            for owner, name, spy in (
+                (Walk, "absorb", spied_absorb),
+                (Handover, "verify", spied_verify),
+                (Handover, "_give_back", spied_give_back),
+                (Inbound, "check_landed", spied_landed),
+            ):
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, spy)
             yield
-        finally:
-            Walk.absorb, Handover.verify = absorb, verify  # type: ignore[method-assign]
+
+    def _kept(self, handover: Handover, grant_id: str, hashes: Any) -> None:
+        """R4: what goes to the prefix cache unsealed holds exactly the KV that its hash stands for."""
+        (machine,) = (m for m in self._machines.all if m.worker is not None and getattr(m.worker, "handover", None) is handover)
+        assert machine.kv is not None
+        told = self._by_id[grant_id.split("/")[1]]
+        request = told.wanted.request
+        known = full_block_hashes(Sequence(request, 0, output_token_ids=self._answer(told, 0)), LAYOUT)
+        cells = self._chains.cells((f"kept of {request.request_id}", 0), [*request.prompt_token_ids, *self._answer(told, 0)])
+        for block, block_hash in zip(handover._held[grant_id], hashes, strict=False):
+            self.numbers["kept_blocks"] += 1
+            first = known.index(block_hash) * BLOCK_SIZE
+            if not np.array_equal(block_cells(machine.kv, block), cells[first : first + BLOCK_SIZE]):
+                self._report(f"R4 {machine}: block {block} was kept for {grant_id} and is not what its hash says")
 
     def meanwhile(self) -> None:
         """S5: what has to hold also in the middle of things."""
@@ -157,14 +194,15 @@ class Checks:
         if worker is None:
             return [f"{machine} has not started"]
         pool = worker.pool
-        stories = []
+        stories = [f"{machine} drains"] if machine.drains is not None else []
         if not worker.is_idle or pool.num_used:
             stories.append(f"{machine}: {worker.in_flight()}, {pool.num_used} blocks used, {pool.num_quarantined} in quarantine")
         if machine.role == "prefill":
             alive = {m.node.name for m in self._machines.of("decode")}
-            owed = [incarnation for incarnation in worker._links._owed if incarnation in alive]
-            if owed or len(worker.outbound) or worker._by_grant:
-                stories.append(f"{machine}: owes {owed}, outbound {list(worker.outbound._held)}, grants {list(worker._by_grant)}")
+            mine = worker.handover
+            owed = [incarnation for incarnation in mine.links._owed if incarnation in alive]
+            if owed or len(mine.outbound) or mine._jobs:
+                stories.append(f"{machine}: owes {owed}, outbound {list(mine.outbound._held)}, grants {list(mine._jobs)}")
         elif len(worker.handover._inbound) or worker.handover.num_open or worker.handover._held:
             stories.append(f"{machine}: inbound {list(worker.handover._inbound._held)}, held {worker.handover._held}")
         return stories
@@ -177,6 +215,13 @@ class Checks:
                 self._whole(machine, machine.worker.check_integrity)
         self.meanwhile()
         self._outcomes()
+        self._counts()
+
+    def _counts(self) -> None:
+        self.numbers["drained"] = self._machines.num_drained
+        for machine in self._machines.all:
+            if machine.role == "prefill" and machine.worker is not None:
+                self.numbers["fallbacks"] += machine.worker.handover.links.num_fallbacks
 
     def _outcomes(self) -> None:
         """S8: the scheduler hears of each end once; also when much was lost, never twice."""

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+
 import cluster.agent
 import cluster.gateway
-import decode.handover
 import decode.worker
+import kvtransfer.group
+import kvtransfer.link
 import prefill.worker
 from cluster.agent import Agent
 from cluster.assembly import Engine, canary
@@ -25,12 +29,19 @@ from cluster.scheduler_service import SchedulerService
 from configs.schema import SchedulerConfig
 from decode.worker import DecodeWorker
 from engine.blocks import BlockPool
+from kvtransfer.group import Connector
+from kvtransfer.handoff import written_blocks
+from kvtransfer.outgoing import Source
 from kvtransfer.pool import KVPool
+from kvtransfer.receiving import GroupReceivers, RankReceivers
+from kvtransfer.transport import OnStored
+from kvtransfer.view import View
 from prefill.worker import PrefillWorker
 from protocol.errors import TandemError
 from protocol.kv import KVEndpoint
-from protocol.messages import Handshake, Outcome, WorkerInfo
+from protocol.messages import Outcome, WorkerInfo
 from protocol.request import Request
+from protocol.ticket import Landed
 from scheduler.scheduler import Scheduler
 from tests.faults.model import LAYOUT, Chains, LightRunner
 from tests.faults.stores import Memory, VirtualReceiver
@@ -87,6 +98,9 @@ class Machine:
         self.service: SchedulerService | None = None
         self.worker: Any = None
         self.kv: KVPool | None = None
+        self.agent: Agent | None = None
+        self.watched: list[int] = []  # descriptors that tell others of its death
+        self.drains: asyncio.Task[None] | None = None
         self.slowness = 1.0  # how many times longer than usual its steps take
 
     @property
@@ -118,6 +132,7 @@ class Machines:
         self.rng = rng
         self.chains = chains
         self.outcomes = Outcomes()
+        self.on_gone: Callable[[Machine], object] = lambda machine: None  # it has drained and ended
         self.on_step: Callable[[str], None] = lambda request_id: None  # a step computes for this request
         self.now: dict[tuple[str, int], Machine] = {}  # (role, index) -> its present or last life
         self.all: list[Machine] = []
@@ -125,6 +140,8 @@ class Machines:
         self._report = report
         self._hosts = [f"host-{i}" for i in range(shape.num_hosts)]
         self._places: dict[tuple[str, int], str] = {}
+        self.num_drained = 0
+        self._descriptors = itertools.count(1000)
 
     def start(self) -> None:
         self.boot("scheduler", 0)
@@ -151,6 +168,30 @@ class Machines:
     def crash(self, machine: Machine, *, is_told: bool) -> None:
         machine.node.kill()
         self.wires.die(machine.node, is_told=is_told)
+        for fd in machine.watched:
+            self.loop.call_later(self.rng.uniform(0.0, 0.005), self.loop.readable, fd)
+
+    def drain(self, machine: Machine, deadline_s: float) -> None:
+        """What cluster/life.py does when a worker is asked to go. It ends as a process that says goodbye."""
+
+        async def leave() -> None:
+            assert machine.agent is not None
+            machine.worker.is_draining = True
+            machine.agent.beat_now()
+            await machine.worker.drain(deadline_s)
+            if jobs := machine.worker.in_flight():
+                self._report(f"{machine.node.name} has drained and still holds {jobs}")
+            await machine.agent.close()
+            await machine.network.close()
+            self.num_drained += 1
+            self.wires.later(0.0, self._gone, machine)
+
+        if machine.agent is not None and machine.drains is None:
+            machine.drains = machine.node.task(leave())
+
+    def _gone(self, machine: Machine) -> None:
+        self.crash(machine, is_told=True)
+        self.on_gone(machine)
 
     def stop(self, machine: Machine) -> None:
         machine.node.stop()
@@ -205,13 +246,11 @@ class Machines:
             settings,
             engine.runner,
             engine.pool,
-            engine.kv,
-            receivers,
+            GroupReceivers(RankReceivers(engine.kv, receivers, verify)),
             machine.network,
             node.clock,
             compute,
-            verify,
-            SECRET,  # type: ignore[arg-type]
+            SECRET,
         )
         for receiver in receivers.values():
             receiver.worker = worker
@@ -233,11 +272,9 @@ class Machines:
             transfer_timeout_s=shape.transfer_timeout_s,
         )
 
-        def sender(endpoint: KVEndpoint, peer_incarnation: str) -> Any:
-            return self.memory.sender(node, engine.kv, endpoint)
-
+        connector = Connector(engine.kv, SECRET, node.name, node=node)
         compute = self._compute(machine, shape.prefill_step_s)
-        worker = PrefillWorker(settings, engine.runner, engine.pool, sender, machine.network, node.clock, compute, SECRET)  # type: ignore[arg-type]
+        worker = PrefillWorker(settings, engine.runner, engine.pool, connector, machine.network, node.clock, compute, SECRET)
         await self._work(machine, worker, engine, compute)
 
     def _engine(self, machine: Machine, num_blocks: int) -> Engine:
@@ -265,7 +302,7 @@ class Machines:
             device="cpu",
         )
         proof = canary(engine, worker, compute, node.clock)
-        agent = Agent(worker, info, machine.network, self._find_scheduler, 1.0, proof)
+        agent = machine.agent = Agent(worker, info, machine.network, self._find_scheduler, 1.0, proof)
         steps = asyncio.ensure_future(worker.run())
         while True:  # Serve starts a replica again whose constructor failed
             try:
@@ -299,28 +336,50 @@ class Machines:
     def _caught(self, story: str, error: BaseException) -> None:
         self._report(story)
 
+    def forged(self, landed: Landed) -> Landed | None:
+        """Somebody without the cluster's secret claims that all of this grant has landed, and even knows what the memory holds."""
+        machine = next((m for m in self.all if m.node.name == landed.decode_incarnation and not m.node.is_dead), None)
+        grant = machine.worker.handover._inbound.grant(landed.grant_id) if machine is not None else None
+        if machine is None or machine.kv is None or grant is None:
+            return None
+        view = View(machine.kv.runs, LAYOUT)
+        digests = b"".join(view.digests(layer, written_blocks(grant)) for layer in range(LAYOUT.num_layers))
+        first = grant.num_cached_blocks
+        return msgspec.structs.replace(
+            landed, row=0, num_rows=LAYOUT.num_layers, first=first, count=len(grant.block_ids) - first, digests=digests
+        )
+
     # ---- what the operating system says ----------------------------------------------------------------------------
 
     def observe(self, boot: str, pid: int, ticks: int = 0) -> Any:
         """`kvtransfer.process.observe`, asked by the node that runs now."""
+        found = next((m for m in self.all if m.pid == pid), None)
+        if found is None or boot != self._boot_id() or found.node.is_dead:
+            return None
+        fd = next(self._descriptors)
+        found.watched.append(fd)
+        return SimpleNamespace(pid=pid, fileno=lambda: fd, is_dead=lambda: found.node.is_dead, close=lambda: None)
+
+    def _boot_id(self) -> str:
         asking = CURRENT.get()
         assert asking is not None
-        found = next((m for m in self.all if m.pid == pid), None)
-        if found is None or boot != asking.host or found.node.is_dead:
-            return None
-        return SimpleNamespace(is_dead=lambda: found.node.is_dead, close=lambda: None)
+        return asking.host
+
+    def _make_sender(
+        self, endpoint: KVEndpoint, pool: KVPool, secret: bytes, *, node: Node, source: Source, on_stored: OnStored, **ends: str
+    ) -> Any:
+        """`kvtransfer.link.make_sender`."""
+        return self.memory.sender(node, source, endpoint, on_stored)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Put this world in the place of the real one, where the product asks for it by name."""
 
-        def is_same_host(message: Handshake) -> bool:
-            return self.observe(message.boot_id, message.pid, message.start_ticks) is not None
-
         process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
         patches: list[tuple[Any, str, Any]] = [
-            (decode.handover, "observe", self.observe),
-            (decode.handover, "is_same_host", is_same_host),
+            (kvtransfer.link, "observe", self.observe),
+            (kvtransfer.link, "boot_id", self._boot_id),
+            (kvtransfer.group, "make_sender", self._make_sender),
             (cluster.agent, "psutil", SimpleNamespace(Process=lambda: process)),
             (cluster.gateway, "HASH_BLOCK_LEN", HASH_BLOCK_LEN),
         ]

@@ -50,6 +50,11 @@ def _cells(links: SequenceOf[int]) -> np.ndarray:
     return np.array(links, dtype=np.uint64)[:, None, None] * _ODD
 
 
+def block_cells(kv: KVPool, block: int) -> np.ndarray:
+    """uint64 [BLOCK_SIZE, layers, 2], as the pool has them."""
+    return kv.runs[:, block].view(np.uint64).reshape(NUM_LAYERS, 2, BLOCK_SIZE).transpose(2, 0, 1)
+
+
 def _token(cells: np.ndarray, position: int, choice: int, sampling: SamplingParams) -> int:
     """cells: uint64 [tokens, layers, 2], of all tokens up to `position`, exclusive."""
     summary: int = xxhash.xxh3_64_intdigest(cells.tobytes())
@@ -75,6 +80,9 @@ class Chains:
             self._owners.setdefault(links[-1], f"{key[0]}[{key[1]}] at {len(links) - 1}")
         have += tokens[len(have) :]
         return links[: len(tokens)]
+
+    def cells(self, key: tuple[str, int], tokens: list[int]) -> np.ndarray:
+        return _cells(self.links(key, tokens))
 
     def owner(self, link: int) -> str:
         return self._owners.get(link, "nobody")

@@ -12,12 +12,16 @@ import cluster.walk
 import decode.handover
 import decode.sequences
 import decode.worker
+import decode.writers
 import kvtransfer.handoff
+import kvtransfer.receiving
+import prefill.handover
 import prefill.links
 import prefill.worker
 from kvtransfer.handoff import Effect
-from protocol.errors import Failure
+from protocol.errors import Failure, InternalError
 from protocol.messages import Ok, Outcome, TokenFrame
+from protocol.ticket import Landed
 from tests.faults import stores, wire
 
 
@@ -32,7 +36,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def digest_check_skipped() -> Any:
-    return _replaced(decode.handover, "verify", lambda *_: [])
+    return _replaced(kvtransfer.receiving, "verify", lambda *_: [])
 
 
 def quarantine_skipped() -> Any:
@@ -62,11 +66,11 @@ def released_without_the_writers_word() -> Any:
 def acknowledged_before_it_stopped() -> Any:
     """A prefill worker that answers StopWriting while a store of its may be under way."""
 
-    async def stop_writing(worker: Any, message: Any) -> Ok:
-        worker._void(message.grant_id)
+    async def stop_writing(handover: Any, message: Any) -> Ok:
+        handover._void(message.grant_id)
         return Ok()
 
-    return _replaced(prefill.worker.PrefillWorker, "_stop_writing", stop_writing)
+    return _replaced(prefill.handover.Handover, "stop_writing", stop_writing)
 
 
 def source_released_before_it_was_read() -> Any:
@@ -82,7 +86,7 @@ def source_released_before_it_was_read() -> Any:
 
 
 def silence_taken_for_death() -> Any:
-    return _replaced(decode.handover.Writer, "is_dead", property(lambda writer: writer.peer.is_closed))
+    return _replaced(decode.writers.Writer, "is_dead", property(lambda writer: writer.peer.is_closed))
 
 
 def epoch_ignored_at_the_gateway() -> Any:
@@ -210,6 +214,72 @@ def unfinished_handshake_not_owed() -> Any:
     return _replaced(prefill.links.Links, "_owe", only_with_something_to_say)
 
 
+def claims_believed() -> Any:
+    """What a lost writer said of its blocks is kept without being read again."""
+
+    async def believed(receivers: Any, grant: Any, manifest: Any) -> list[tuple[int, int]]:
+        return [] if grant.grant_id.endswith("/kept") else await verify(receivers, grant, manifest)
+
+    verify = kvtransfer.receiving.GroupReceivers.verify
+    return _replaced(kvtransfer.receiving.GroupReceivers, "verify", believed)
+
+
+def kept_under_another_hash() -> Any:
+    """The blocks that the decode worker had cached are not counted when hashes are given to those that it keeps."""
+    give_back = decode.handover.Handover._give_back
+
+    def shifted(handover: Any, grant_id: str, effect: Any, hashes: Any) -> None:
+        give_back(handover, grant_id, effect, [*hashes[1:], *hashes[:1]])
+
+    return _replaced(decode.handover.Handover, "_give_back", shifted)
+
+
+def told_digests_believed() -> Any:
+    """Instead of reading what has landed, the decode worker takes the digests that it was told."""
+
+    def believe(pool: Any, arrivals: Any, landed: Any) -> None:
+        for i in range(landed.num_rows):
+            width = landed.count * 16
+            arrivals.put(landed.row + i, landed.first, landed.digests[i * width : (i + 1) * width])
+
+    return _replaced(kvtransfer.receiving, "hash_landed", believe)
+
+
+def hashed_is_good() -> Any:
+    """Sealing looks whether every run has been hashed, not at the digests."""
+    return _replaced(kvtransfer.receiving, "is_known_good", lambda arrivals, manifest: arrivals.is_complete)
+
+
+def forged_papers_taken() -> Any:
+    """Whoever reaches the control socket may say what has landed."""
+    is_authentic = kvtransfer.handoff.is_authentic
+    return _replaced(
+        kvtransfer.handoff, "is_authentic", lambda paper, secret: isinstance(paper, Landed) or is_authentic(paper, secret)
+    )
+
+
+def earlier_mapping_forgotten() -> Any:
+    """Once a pair has fallen back to a transport that can refuse, its older mapping of our memory counts as gone."""
+
+    def has_stopped(writer: Any, refused: Any) -> bool:
+        return bool(refused[writer.transport])
+
+    return _replaced(decode.writers.Writer, "has_stopped", has_stopped)
+
+
+def draining_is_the_requests_fault() -> Any:
+    """What a drain interrupts is failed with an error that nobody tries again."""
+    return _replaced(decode.worker, "WorkerLost", InternalError)
+
+
+def drained_prompts_fail() -> Any:
+    return _replaced(prefill.worker, "WorkerLost", InternalError)
+
+
+def draining_worker_refuses_for_good() -> Any:
+    return _replaced(decode.worker, "Draining", InternalError)
+
+
 MUTANTS: dict[str, Callable[[], Any]] = {
     made.__name__: made
     for made in (
@@ -234,5 +304,14 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         admission_asked_once,
         own_errors_unknown_to_others,
         unfinished_handshake_not_owed,
+        claims_believed,
+        kept_under_another_hash,
+        told_digests_believed,
+        hashed_is_good,
+        forged_papers_taken,
+        earlier_mapping_forgotten,
+        draining_is_the_requests_fault,
+        drained_prompts_fail,
+        draining_worker_refuses_for_good,
     )
 }

@@ -106,6 +106,7 @@ def _weather(rng: random.Random) -> dict[str, float]:
         "vanish": lambda: rng.choice((0.005, 0.03)),
         "reset": lambda: rng.choice((0.002, 0.01)),
         "twice": lambda: rng.choice((0.02, 0.2)),
+        "forge": lambda: rng.choice((0.1, 0.5)),
     }
     chosen = rng.sample(sorted(knobs), rng.choice((0, 0, 1, 1, 2, 3)))
     weather = {name: knobs[name]() for name in sorted(chosen)}
@@ -116,7 +117,7 @@ def _weather(rng: random.Random) -> dict[str, float]:
 
 
 def _damage(rng: random.Random) -> dict[str, float]:
-    knobs = {"flip": 0.03, "misdirect": 0.05, "repeat": 0.1, "lose": 0.03}
+    knobs = {"flip": 0.03, "misdirect": 0.05, "repeat": 0.1, "lose": 0.03, "tear": 0.2, "unmappable": 0.3}
     damage = {name: knobs[name] for name in sorted(rng.sample(sorted(knobs), rng.choice((0, 0, 0, 1, 2))))}
     damage["delay_s"] = rng.choice((0.001, 0.01, 0.03))
     if rng.random() < 0.4:
@@ -175,7 +176,7 @@ def _act(rng: random.Random, shape: Shape) -> Act:
         "stop": rng.choice((0.1, 0.7, 2.0, 4.5, 9.0)),
         "cut": rng.choice((0.3, 2.0, 5.0, 8.0)),
         "half-open": 0.0,
-        "drain": rng.choice((0.5, 2.0)),
+        "drain": rng.choice((0.0, 0.5, 2.0, 4.0)),  # its deadline
         "slow": rng.choice((0.5, 3.0)),
     }[kind]
     return Act(rng.uniform(0.3, 4.0), kind, role, index, other_role, other_index, lasts, rng.random() < 0.5)
@@ -184,7 +185,7 @@ def _act(rng: random.Random, shape: Shape) -> Act:
 TRIGGERS = (  # kinds of messages, and stores; several times what is worth striking at more often
     *("Admit", "Ticket", "Reserve", "Grant", "Grant", "Prefill", "Handshake", "HandshakeAccepted", "Seal", "Seal"),
     *("WriterDone", "StopWriting", "Cancel", "TokenFrame", "RequestFailed", "Outcome", "Progress", "WorkerInfo"),
-    *("store", "store", "store"),
+    *("Landed", "Landed", "Landed", "store", "store", "store"),
 )
 
 

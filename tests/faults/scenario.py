@@ -95,6 +95,8 @@ class Run:
         self.told = [Told(w) for w in the_plan.wanted]
         self.checks = Checks(the_plan, self.machines, self.told, self.chains, self.report)
         self.machines.on_step = self.checks.step
+        self.machines.on_gone = lambda machine: self.loop.call_later(1.0, self._reboot, machine)
+        self.wires.forge = self.machines.forged
 
     def note(self, node: Node | None, text: str) -> None:
         self.history.append(f"{self.loop.now:9.4f} {node.name if node else 'nemesis':22} {text}")
@@ -216,8 +218,7 @@ class Run:
             machine.slowness = 20.0
             later(act.lasts, setattr, machine, "slowness", 1.0)
         elif act.kind == "drain" and machine.is_worker:
-            machine.worker.is_draining = True
-            later(act.lasts, setattr, machine.worker, "is_draining", False)
+            self.machines.drain(machine, act.lasts)
 
     def _cut(self, machine: Machine, other: Machine, act: Act) -> None:
         pairs = [(machine.node, other.node)]
@@ -325,6 +326,7 @@ def run(seed: int, *, keep_history: bool = False, change: Callable[[Run], None] 
         "late_stores": this.memory.num_late,
         "refused_stores": this.memory.num_refused,
         "damaged_stores": this.memory.num_damaged,
+        "forged": this.wires.num_forged,
         **this.checks.numbers,
     }
     return Result(seed, this.problems, this.history, this.loop.now, numbers)

@@ -1,14 +1,17 @@
-"""KV between two nodes' pools in virtual time: a `Sender` at the writer, a `Receiver` at the decode worker.
+"""KV between two nodes' pools in virtual time: a `RouteSender` at the writer, a `Receiver` at the decode worker.
 
 mapped    the writer stores into memory that it maps. Nobody can refuse a store: it lands whenever the writer's thread gets to
           it, also seconds after its grant is over, freezes with a stopped writer and goes on with it, and never lands after
-          the writer's death. `forget` says False.
-refusing  bytes travel like TCP's and the decode worker stores them itself, if their grant is still expected: they may arrive
-          after their writer's death, wait while the way is cut, and are refused when late. `forget` says True.
+          the writer's death. `forget` says False. What has landed is hashed when a `Landed` says so. Mapping may fail.
+refusing  bytes travel like TCP's and the decode worker stores and hashes them itself, if their grant is still expected: they
+          may arrive after their writer's death, wait while the way is cut, and are refused when late. `forget` says True.
+          A `Landed` is sent when the writer's kernel has taken them, so it may well be ahead of them.
 
-As in kvtransfer/outbox.py, a sender's thread reads and hashes a run only when it gets to it, so a source block that was given
-back too early is seen with what its next owner wrote. Flips, misdirected and repeated stores happen after the hashing.
-Each landing is checked: a store into a block that its grant does not hold is reported, whether or not it does harm (R2).
+Transfers, digests, papers and everything above are the product's own (outgoing.py, ranks.py, landing.py, receiving.py); only the
+lane and the threads are ours. As in kvtransfer/outbox.py, a sender's thread reads and hashes a run only when it gets to it, so a
+source block that was given back too early is seen with what its next owner wrote. Flips, misdirected, torn and repeated stores
+happen after the hashing. Each landing is checked: a store into a block that its grant does not hold is reported, whether or not
+it does harm (R2).
 """
 
 from __future__ import annotations
@@ -21,16 +24,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvtransfer.digest import run_digest
-from kvtransfer.handoff import DIGEST_NBYTES, InboundPhase
-from kvtransfer.layout import num_used_slots, partial_index, tail_spans
+from kvtransfer.arrivals import Arrivals
+from kvtransfer.handoff import InboundPhase
+from kvtransfer.outgoing import Source, Transfer, never_pushed, tell_stored
 from kvtransfer.pool import KVPool
-from kvtransfer.transport import Pair, TransferStats
-from protocol.errors import DeadlineExceeded, TandemError, TransferFailed
-from protocol.kv import KVEndpoint, MemoryEndpoint
+from kvtransfer.transport import OnStored, Pair, TransferStats
+from kvtransfer.view import View
+from protocol.errors import DeadlineExceeded, HandshakeRefused, TransferFailed
+from protocol.kv import KVEndpoint, ShmEndpoint, TcpEndpoint
 from protocol.ticket import Grant
 from tests.faults.virtual_loop import Node
 from tests.faults.wire import Wires
+
+STALL_S = 5.0  # kvtransfer's stall_timeout_s
+AGAIN_S = 0.2  # TCP sends again what a cut way swallowed
+Run = tuple[int, np.ndarray]  # (index into block_ids, bytes [run_nbytes])
 
 
 class Damage:
@@ -44,52 +52,61 @@ class Damage:
         self.misdirect = 0.0
         self.repeat = 0.0
         self.lose = 0.0
+        self.tear = 0.0  # the writer's thread is held up amid a store
+        self.unmappable = 0.0  # of mapping a pool
 
     def clear(self) -> None:
         self.__init__()  # type: ignore[misc]
 
 
 class Memory:
-    """The pools that can be stored into, by endpoint. `holds(receiver, grant, block)`: see `Receiver.check`."""
+    """The pools that can be stored into, by endpoint."""
 
     def __init__(self, wires: Wires, rng: random.Random, report: Callable[[str], None]) -> None:
         self.wires = wires
         self.rng = rng
         self.report = report
         self.damage = Damage()
-        self.receivers: dict[int, VirtualReceiver] = {}
+        self.receivers: dict[KVEndpoint, VirtualReceiver] = {}
         self.num_stores = 0
         self.num_late = 0  # into blocks in quarantine
         self.num_refused = 0
         self.num_damaged = 0
 
     def receiver(self, node: Node, pool: KVPool, *, can_refuse: bool) -> VirtualReceiver:
-        made = VirtualReceiver(self, node, pool, MemoryEndpoint(len(self.receivers) + 1), can_refuse)
-        self.receivers[made.endpoint().pool_id] = made
+        number = len(self.receivers) + 1
+        endpoint = TcpEndpoint(node.name, number) if can_refuse else ShmEndpoint(node.host, number, number, number, pool.nbytes)
+        made = self.receivers[endpoint] = VirtualReceiver(self, node, pool, endpoint, can_refuse)
         return made
 
-    def sender(self, node: Node, pool: KVPool, endpoint: KVEndpoint) -> VirtualSender:
-        assert isinstance(endpoint, MemoryEndpoint)
-        return VirtualSender(self, node, pool, self.receivers[endpoint.pool_id])
+    def sender(self, node: Node, source: Source, endpoint: KVEndpoint, on_stored: OnStored | None = None) -> VirtualSender:
+        """Raises HandshakeRefused when the memory cannot be mapped."""
+        receiver = self.receivers[endpoint]
+        if not receiver.can_refuse:
+            if node.host != receiver.node.host or receiver.node.is_dead:
+                raise HandshakeRefused(f"shm: process {endpoint} is not visible from {node.name}")
+            if self.damage.unmappable and self.rng.random() < self.damage.unmappable:
+                raise HandshakeRefused("shm: cannot open the pool: Permission denied")
+        return VirtualSender(self, node, source, receiver, on_stored)
 
 
 class VirtualReceiver:
     """See `kvtransfer.transport.Receiver`."""
 
-    def __init__(self, memory: Memory, node: Node, pool: KVPool, endpoint: MemoryEndpoint, can_refuse: bool) -> None:
+    def __init__(self, memory: Memory, node: Node, pool: KVPool, endpoint: KVEndpoint, can_refuse: bool) -> None:
         self.node = node
         self.pool = pool
         self.can_refuse = can_refuse
         self.worker: Any = None  # the decode worker, to check against
         self._memory = memory
         self._endpoint = endpoint
-        self._live: dict[str, Grant] = {}
+        self._live: dict[str, tuple[Grant, Arrivals | None]] = {}
 
-    def endpoint(self) -> MemoryEndpoint:
+    def endpoint(self) -> KVEndpoint:
         return self._endpoint
 
-    def expect(self, grant: Grant) -> None:
-        self._live[grant.grant_id] = grant
+    def expect(self, grant: Grant, arrivals: Arrivals | None = None) -> None:
+        self._live[grant.grant_id] = grant, arrivals
 
     def forget(self, grant_id: str) -> bool:
         self._live.pop(grant_id, None)
@@ -98,16 +115,29 @@ class VirtualReceiver:
     def close(self) -> None:
         self._live.clear()
 
-    def is_live(self, grant: Grant) -> bool:
-        return self._live.get(grant.grant_id) == grant
-
-    def land(self, grant: Grant, layer: int, index: int, data: np.ndarray) -> None:
+    def land(self, grant: Grant, view: View, layer: int, runs: Sequence[Run]) -> None:
         memory = self._memory
-        memory.num_stores += 1
-        block = grant.block_ids[index]
-        if not self.node.is_dead:
-            self._check(grant, block)
-        self.pool.runs[layer, block] = data
+        memory.num_stores += len(runs)
+        for index, data in runs:
+            block = grant.block_ids[index]
+            if not self.node.is_dead:
+                self._check(grant, block)
+            view.write(layer, (block,), data[None])
+
+    def take(self, grant: Grant, source: Source, view: View, layer: int, runs: Sequence[Run]) -> bool:
+        """What has come over the wire is stored and hashed here, if it is still wanted."""
+        live, arrivals = self._live.get(grant.grant_id, (None, None))
+        if live != grant:
+            self._memory.num_refused += 1
+            return False
+        if arrivals is not None:
+            row = arrivals.first_row(source.route.source) + layer
+            arrivals.forget(row, [index for index, _ in runs])
+        self.land(grant, view, layer, runs)
+        if arrivals is not None:
+            for index, _ in runs:
+                arrivals.put(row, index, view.digests(layer, (grant.block_ids[index],)))
+        return True
 
     def _check(self, grant: Grant, block: int) -> None:
         """R2: this grant holds the block, in use or in quarantine, and its writer has not given its word that it stopped."""
@@ -121,64 +151,58 @@ class VirtualReceiver:
 
 
 class _Job(NamedTuple):
-    """pairs None: a fence, whose future ends when everything before it has landed."""
+    """pairs None: a fence, which is over when everything before it has landed."""
 
-    transfer: _Transfer
+    transfer: Transfer
     layer: int = 0
     pairs: tuple[Pair, ...] | None = None
 
 
-class _Transfer:
-    def __init__(self, grant: Grant) -> None:
-        self.grant = grant
-        self.num_written = len(grant.block_ids) - grant.num_cached_blocks
-        self.digests: dict[tuple[int, int], bytes] = {}  # (layer, index into block_ids)
-        self.failure: TandemError | None = None
-        self.done: asyncio.Future[None] | None = None
-
-    def fail(self, error: TandemError) -> None:
-        self.failure = self.failure or error
-        if self.done is not None and not self.done.done():
-            self.done.set_result(None)
-
-
-class _Nothing:
-    """A sender's `open` may be awaited or not."""
-
-    def __await__(self):  # type: ignore[no-untyped-def]
-        return iter(())
-
-
 class VirtualSender:
-    """See `kvtransfer.transport.Sender`; its task is the sender's thread."""
+    """See `kvtransfer.transport.RouteSender`; its task is the sender's thread."""
 
-    def __init__(self, memory: Memory, node: Node, pool: KVPool, receiver: VirtualReceiver) -> None:
+    def __init__(
+        self, memory: Memory, node: Node, source: Source, receiver: VirtualReceiver, on_stored: OnStored | None = None
+    ) -> None:
         self.stats = TransferStats()
         self._memory = memory
         self._node = node
-        self._pool = pool
+        self._source = source
         self._receiver = receiver
-        self._transfers: dict[str, _Transfer] = {}
+        self._on_stored = on_stored
+        self._view = View(receiver.pool.runs, receiver.pool.layout, source.route.target_area)
+        self._transfers: dict[str, Transfer] = {}
         self._jobs: deque[_Job] = deque()
-        self._working_on: _Transfer | None = None
+        self._working_on: Transfer | None = None
         self._idle: asyncio.Future[None] | None = None  # ends when the job under way is over
         self._wake: asyncio.Future[None] | None = None
         self._is_closed = False
         self._thread = node.task(self._run())
 
-    def open(self, grant: Grant, endpoint: KVEndpoint | None = None) -> _Nothing:
+    async def ready(self, timeout: float) -> None:
+        """Mapped memory is there at once; a connection takes a round trip, and both processes."""
+        if not self._receiver.can_refuse:
+            return
+        try:
+            async with asyncio.timeout(timeout):
+                await self._round_trip(lambda: True)
+        except TimeoutError:
+            raise HandshakeRefused(f"{self._receiver.endpoint()} was not reached within {timeout:g} s") from None
+        if self._receiver.node.is_dead:
+            raise HandshakeRefused(f"{self._receiver.endpoint()}: connection refused")
+
+    def open(self, grant: Grant, endpoint: KVEndpoint) -> None:
+        self._source.check_grant(grant, endpoint, self._receiver.endpoint(), self._receiver.pool.num_blocks)
         assert grant.grant_id not in self._transfers, f"grant {grant.grant_id} is open already"
-        transfer = self._transfers[grant.grant_id] = _Transfer(grant)
+        transfer = self._transfers[grant.grant_id] = Transfer(grant, self._source)
         if self._is_closed:
             transfer.fail(TransferFailed("the KV sender is closed"))
-        return _Nothing()
 
     def push(self, grant_id: str, layer: int, pairs: Sequence[Pair]) -> bool:
         transfer = self._transfers.get(grant_id)
         if transfer is None or transfer.failure is not None:
             return False
-        for _, index in pairs:
-            assert transfer.grant.num_cached_blocks <= index < len(transfer.grant.block_ids), f"push to index {index}"
+        transfer.check_push(layer, pairs)
         self._post(_Job(transfer, layer, tuple(pairs)))
         return True
 
@@ -186,21 +210,18 @@ class VirtualSender:
         transfer = self._transfers.get(grant_id)
         if transfer is None:
             raise TransferFailed(f"no transfer of grant {grant_id} is open")
-        transfer.done = asyncio.get_running_loop().create_future()
-        if transfer.failure is None:
+        future = transfer.wanted()
+        if not transfer.is_over:
             self._post(_Job(transfer))
-            try:
-                async with asyncio.timeout(timeout):
-                    await transfer.done
-            except TimeoutError:
-                transfer.fail(DeadlineExceeded(f"KV of grant {grant_id} had not landed after {timeout:g} s (transfer.timeout_s)"))
-        if transfer.failure is not None:
-            raise transfer.failure
+        try:
+            async with asyncio.timeout(timeout):
+                digests = await asyncio.wrap_future(future)
+        except TimeoutError:
+            error = DeadlineExceeded(f"KV of grant {grant_id} had not landed after {timeout:g} s (transfer.timeout_s)")
+            transfer.fail(error)
+            raise error from None
         self._transfers.pop(grant_id, None)
-        layout, first = transfer.grant.layout, transfer.grant.num_cached_blocks
-        return b"".join(
-            transfer.digests[layer, first + i] for layer in range(layout.num_layers) for i in range(transfer.num_written)
-        )
+        return digests
 
     async def abort(self, grant_id: str) -> None:
         transfer = self._transfers.pop(grant_id, None)
@@ -254,12 +275,14 @@ class VirtualSender:
                 if idle is not None and not idle.done():
                     idle.set_result(None)
 
-    def _fence(self, transfer: _Transfer) -> None:
-        missing = transfer.num_written * transfer.grant.layout.num_layers - len(transfer.digests)
-        if missing:
-            transfer.fail(TransferFailed(f"{missing} runs of grant {transfer.grant.grant_id} were never pushed"))
-        elif transfer.done is not None and not transfer.done.done():
-            transfer.done.set_result(None)
+    def _fence(self, transfer: Transfer) -> None:
+        """Over the wire each store was waited for, so here as there everything has landed."""
+        if transfer.num_missing:
+            transfer.fail(never_pushed(transfer))
+        elif self._receiver.node.is_dead:
+            transfer.fail(TransferFailed("the decode worker is dead"))
+        else:
+            transfer.landed(transfer.num_runs)
 
     def _delay(self) -> float:
         damage, rng = self._memory.damage, self._memory.rng
@@ -268,86 +291,88 @@ class VirtualSender:
             delay += damage.slow_s * rng.random()
         return delay
 
-    async def _store(self, transfer: _Transfer, layer: int, pairs: tuple[Pair, ...]) -> None:
+    async def _store(self, transfer: Transfer, layer: int, pairs: tuple[Pair, ...]) -> None:
         await asyncio.sleep(self._delay())
-        pieces = [(index, self._hashed(transfer, layer, block, index)) for block, index in pairs]
+        runs = [
+            (first + i, data[i].copy()) for first, data in transfer.prepare(layer, pairs) for i in range(len(data))
+        ]  # hashed as they are read
         if self._memory.wires.on_event is not None:
             self._memory.wires.on_event("store", self._node, self._receiver.node)
         await asyncio.sleep(self._delay())  # between reading and writing: here a stopped writer is at its most dangerous
-        pieces = self._spoil(pieces)
+        runs = self._spoil(runs)
         if self._receiver.can_refuse:
-            await self._over_the_wire(transfer, layer, pieces)
-        else:
-            for index, data in pieces:
-                self._receiver.land(transfer.grant, layer, index, data)
+            self._tell(transfer, layer, pairs)
+            await self._over_the_wire(transfer, layer, runs)
+            return
+        damage, rng = self._memory.damage, self._memory.rng
+        if runs and damage.tear and rng.random() < damage.tear:
+            (index, data), rest = runs[0], runs[1:]
+            torn = self._view.read(layer, transfer.grant.block_ids[index], 1)[0].copy()
+            torn[: len(data) // 2] = data[: len(data) // 2]
+            self._receiver.land(transfer.grant, self._view, layer, [(index, torn), *rest])
+            await asyncio.sleep(self._delay())
+        self._receiver.land(transfer.grant, self._view, layer, runs)
+        self._tell(transfer, layer, pairs)
 
-    async def _over_the_wire(self, transfer: _Transfer, layer: int, pieces: list[tuple[int, np.ndarray]]) -> None:
-        """The other end stores, or refuses; TCP waits while a way is cut, and an acknowledgement has to come back."""
-        stored: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+    def _tell(self, transfer: Transfer, layer: int, pairs: tuple[Pair, ...]) -> None:
+        if self._on_stored is not None:
+            tell_stored(self._on_stored, transfer, layer, pairs)
+
+    async def _over_the_wire(self, transfer: Transfer, layer: int, runs: list[Run]) -> None:
+        """The other end stores, or refuses, and an acknowledgement has to come back."""
+        try:
+            async with asyncio.timeout(STALL_S):
+                is_stored = await self._round_trip(
+                    lambda: self._receiver.take(transfer.grant, self._source, self._view, layer, runs)
+                )
+        except TimeoutError:
+            transfer.fail(TransferFailed("the KV connection stalled"))
+            return
+        if is_stored is None:
+            transfer.fail(TransferFailed("the KV connection broke"))
+        elif not is_stored:
+            grant_id = transfer.grant.grant_id
+            transfer.fail(TransferFailed(f"the decode worker refuses grant {grant_id}: it is unknown or over"))
+
+    async def _round_trip(self, act: Callable[[], bool]) -> bool | None:
+        """What `act` says in the receiver's process; None: that is dead. TCP waits while a way is cut."""
+        answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         receiver, wires = self._receiver, self._memory.wires
 
         def deliver() -> None:
             if receiver.node.is_dead:
                 return
             if wires.is_cut(self._node, receiver.node):
-                wires.later(0.2, deliver)
+                wires.later(AGAIN_S, deliver)
                 return
-            receiver.node.soon(store)
+            receiver.node.soon(lambda: answer(act()))
 
-        def store() -> None:
-            is_live = receiver.is_live(transfer.grant)
-            if is_live:
-                for index, data in pieces:
-                    receiver.land(transfer.grant, layer, index, data)
-            self._memory.num_refused += not is_live
-            acknowledge(is_live)
-
-        def acknowledge(is_live: bool) -> None:
+        def answer(said: bool) -> None:
             if wires.is_cut(receiver.node, self._node):
-                wires.later(0.2, acknowledge, is_live)
-            elif not stored.done():
-                stored.set_result(is_live)
+                wires.later(AGAIN_S, answer, said)
+            elif not answered.done():
+                answered.set_result(said)
 
         wires.later(wires.delay(), deliver)
-        if receiver.node.is_dead:
-            transfer.fail(TransferFailed("the KV connection broke"))
-            return
-        try:
-            async with asyncio.timeout(5.0):  # kvtransfer's stall_timeout_s
-                if not await stored:
-                    transfer.fail(
-                        TransferFailed(f"the decode worker refuses grant {transfer.grant.grant_id}: it is unknown or over")
-                    )
-        except TimeoutError:
-            transfer.fail(TransferFailed("the KV connection stalled"))
+        return None if receiver.node.is_dead else await answered
 
-    def _hashed(self, transfer: _Transfer, layer: int, block: int, index: int) -> np.ndarray:
-        grant = transfer.grant
-        data = self._pool.runs[layer, block].copy()
-        if index == partial_index(grant):
-            for span in tail_spans(grant.layout, num_used_slots(grant.layout, grant.num_tokens, index)):
-                data[span.start : span.end] = 0
-        digest = run_digest(data.data)
-        assert len(digest) == DIGEST_NBYTES
-        transfer.digests[layer, index] = digest
-        return data
-
-    def _spoil(self, pieces: list[tuple[int, np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+    def _spoil(self, runs: list[Run]) -> list[Run]:
         damage, rng = self._memory.damage, self._memory.rng
         before = self._memory.num_damaged
         if damage.flip and rng.random() < damage.flip:
-            index, data = rng.choice(pieces)
+            index, data = rng.choice(runs)
             data[rng.randrange(data.size)] ^= 1 << rng.randrange(8)
             self._memory.num_damaged += 1
-        if damage.misdirect and len(pieces) > 1 and rng.random() < damage.misdirect:
-            (first, one), (second, other), *rest = pieces
-            pieces = [(first, other), (second, one), *rest]
+        if damage.misdirect and len(runs) > 1 and rng.random() < damage.misdirect:
+            (first, one), (second, other), *rest = runs
+            runs = [(first, other), (second, one), *rest]
             self._memory.num_damaged += 1
         if damage.repeat and rng.random() < damage.repeat:
-            pieces = [*pieces, rng.choice(pieces)]
+            runs = [*runs, rng.choice(runs)]
         if damage.lose and rng.random() < damage.lose:
-            pieces = pieces[:-1]
+            runs = runs[:-1]
             self._memory.num_damaged += 1
         if self._memory.num_damaged > before:
             self._memory.wires.log(self._node, "   a store was damaged")
-        return pieces
+        return runs
+

@@ -140,6 +140,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self.num_handled = 0
         self._timers: list[tuple[float, int, Handle]] = []
         self._order = itertools.count()
+        self._readers: dict[int, Handle] = {}
         self._is_running = False
         self._is_closed = False
 
@@ -169,6 +170,19 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         handle = Handle(callback, args, context if context is not None else contextvars.copy_context(), when)
         heapq.heappush(self._timers, (when, next(self._order), handle))
         return handle
+
+    call_soon_threadsafe = call_soon  # there are no threads
+
+    def add_reader(self, fd, callback, *args):  # type: ignore[no-untyped-def,override]
+        self._readers[fd] = Handle(callback, args, contextvars.copy_context(), 0.0)
+
+    def remove_reader(self, fd):  # type: ignore[no-untyped-def,override]
+        return self._readers.pop(fd, None) is not None
+
+    def readable(self, fd: int) -> None:
+        """What somebody waits for on this descriptor has come."""
+        if fd in self._readers:
+            self.ready.append(self._readers[fd])
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)

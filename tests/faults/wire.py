@@ -23,6 +23,7 @@ from typing import Any
 from protocol.errors import DeadlineExceeded, Failure, TandemError, WorkerLost, from_failure, to_failure
 from protocol.messages import Message, decode, encode
 from protocol.network import Handler, Peer
+from protocol.ticket import Landed
 from tests.faults.virtual_loop import Node, State, VirtualLoop
 
 PING_S = 1.0
@@ -43,6 +44,7 @@ class Weather:
         self.vanish = 0.0  # it never arrives, and nobody is told
         self.reset = 0.0  # it never arrives, and the connection breaks
         self.twice = 0.0  # it arrives twice
+        self.forge = 0.0  # of a Landed: somebody who does not know the secret sends one of his own
 
     def clear(self) -> None:
         self.__init__()  # type: ignore[misc]
@@ -60,6 +62,8 @@ class Wires:
         self.sides: dict[Side, None] = {}  # open ones, in order of their making
         self.cuts: dict[tuple[Node, Node], None] = {}
         self.num_messages = 0
+        self.num_forged = 0
+        self.forge: Callable[[Landed], Landed | None] = lambda landed: None
         # What is sent or stored now, by whom, to whom. -> True: it never arrives.
         self.on_event: Callable[[str, Node, Node], bool] | None = None
         self._kernel = contextvars.Context()  # of no node: what is on its way goes on when its sender stops or dies
@@ -207,9 +211,17 @@ class Side:
             self.arrive_later((END, 0, b""))
             self.other.arrive_later((END, 0, b""))
             return
+        if weather.forge and isinstance(message, Landed) and rng.random() < weather.forge:
+            self._forge(message)
         self.other.arrive_later(frame)
         if weather.twice and rng.random() < weather.twice:
             self.other.arrive_later(frame)
+
+    def _forge(self, message: Landed) -> None:
+        forged = self._wires.forge(message)
+        if forged is not None:
+            self._wires.num_forged += 1
+            self.other.arrive_later((SEND, 0, encode(forged)))
 
     # ---- the kernel's part -----------------------------------------------------------------------------------------
 

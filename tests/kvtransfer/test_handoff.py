@@ -23,7 +23,7 @@ from kvtransfer.handoff import (
 from kvtransfer.outbound import Outbound
 from protocol.errors import TransferFailed
 from protocol.kv import KVLayout
-from protocol.ticket import FirstToken, Grant, Manifest, sign
+from protocol.ticket import FirstToken, Grant, Landed, Manifest, sign
 
 SECRET = b"secret"
 LAYOUT = KVLayout(2, 1, 4, 4, "float32", "m")
@@ -557,3 +557,70 @@ def test_no_other_mac_is_accepted(mac, place):
         if forged != good.mac:
             with pytest.raises(TransferFailed):
                 inbound.check_seal(msgspec.structs.replace(good, mac=forged), 0.0)
+
+
+# ---- runs that have landed -------------------------------------------------------------------------------------------
+
+
+def make_landed(grant: Grant, secret=SECRET, **changes) -> Landed:
+    fields = {
+        "grant_id": grant.grant_id,
+        "request_id": grant.request_id,
+        "epoch": grant.epoch,
+        "decode_incarnation": grant.decode_incarnation,
+        "prefill_incarnation": grant.prefill_incarnation,
+        "row": 0,
+        "num_rows": 2,
+        "first": 1,
+        "count": 2,
+        "digests": bytes(16 * 4),
+    } | changes
+    return sign(Landed(**fields), secret)
+
+
+def test_landed_runs_are_believed_while_the_grant_is_reserved(inbound):
+    grant = make_grant()
+    inbound.granted(grant, 0.0)
+    for _ in range(3):  # said again, they move nothing
+        assert inbound.check_landed(make_landed(grant), 1.0) == grant
+        assert inbound.phase("g") is InboundPhase.RESERVED
+    assert inbound.check_landed(make_landed(grant), 10.0) is None, "the lease is over"
+    inbound.check_seal(make_manifest(grant), 9.0)
+    assert inbound.check_landed(make_landed(grant), 9.0) is None, "sealing has begun"
+    inbound.verified("g", True)
+    assert inbound.check_landed(make_landed(grant), 9.0) is None
+
+
+def test_landed_runs_of_what_is_void_are_nobodys(inbound):
+    grant = make_grant()
+    assert inbound.check_landed(make_landed(grant), 0.0) is None, "unknown"
+    inbound.granted(grant, 0.0)
+    inbound.cancelled("g", writer_stopped=False)
+    assert inbound.check_landed(make_landed(grant), 1.0) is None, "quarantined"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"secret": b"other"}, "MAC is not ours"),
+        ({"request_id": "s"}, "request_id is 'r' in the grant, 's' in the landed runs"),
+        ({"epoch": 2}, "epoch is 1 in the grant, 2 in the landed runs"),
+        ({"prefill_incarnation": "P2"}, "prefill_incarnation is 'P1' in the grant, 'P2'"),
+        ({"decode_incarnation": "D2"}, "decode_incarnation is 'D1' in the grant, 'D2'"),
+        ({"row": 1}, r"rows 1 \+ 2 of 2"),
+        ({"row": -1}, r"rows -1 \+ 2 of 2"),
+        ({"num_rows": 0, "digests": b""}, r"rows 0 \+ 0 of 2"),
+        ({"first": 0}, r"blocks 0 \+ 2 of 3"),
+        ({"first": 2}, r"blocks 2 \+ 2 of 3"),
+        ({"count": 0, "digests": b""}, r"blocks 1 \+ 0 of 3"),
+        ({"count": 1 << 40}, r"blocks 1 \+ 1099511627776 of 3"),
+        ({"digests": bytes(16 * 3)}, "48 bytes of digests"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_landed_runs_outside_of_the_grant_are_refused(inbound, changes, why):
+    grant = make_grant()
+    inbound.granted(grant, 0.0)
+    with pytest.raises(TransferFailed, match=why):
+        inbound.check_landed(make_landed(grant, **changes), 1.0)
+    assert inbound.phase("g") is InboundPhase.RESERVED
