@@ -62,6 +62,7 @@ class Edge:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if IDENTIFIER.fullmatch(given) else secrets.token_hex(12)
+        scope.setdefault("state", {})["client_id"] = request_id
         has_started = False
 
         async def send_with_id(message: Message) -> None:

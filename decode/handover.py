@@ -90,6 +90,7 @@ class Handover:
         self.transfer_bytes = 0
         self.transfers_failed = 0
         self.digest_failures = 0
+        self.leases_expired = 0
 
     @property
     def num_open(self) -> int:
@@ -217,6 +218,7 @@ class Handover:
                     self._end(grant_id, effect, TransferFailed("the prefill worker died before it sealed its KV"))
         for grant_id in self._inbound.expired(self._clock()):
             self.transfers_failed += 1
+            self.leases_expired += 1
             error = TransferFailed("the lease ran out before the KV was sealed (transfer.lease_s)")
             self._on_failed(self._jobs[grant_id], error)
         self._ask_writers()

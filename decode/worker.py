@@ -104,6 +104,7 @@ class DecodeWorker:
         self._wake = asyncio.Event()
         self.is_draining = False
         self.last_token_at: float | None = None
+        self._step_began_at = 0.0
         self._counts: dict[str, float] = defaultdict(float)
         self.handover = Handover(
             settings.incarnation,
@@ -162,7 +163,7 @@ class DecodeWorker:
         if len(self._jobs) >= self.settings.max_jobs:
             raise ReservationRefused(f"{len(self._jobs)} requests are here already")
         self._check_it_can_ever_fit(request)
-        job = Job(message, peer)
+        job = Job(message, peer, self._clock())
         try:
             grant = self._reserve_local(job) if ticket.prefill is None else self._reserve_remote(job, message)
         except OutOfBlocks:
@@ -226,7 +227,9 @@ class DecodeWorker:
 
     async def _seal(self, message: Seal) -> Ok:
         """Verify what prefill says it wrote, then let its sequences run. Unverified KV is never read (R4)."""
+        started = self._clock()
         job = await self.handover.verify(message.manifest)
+        job.sealed(self._clock(), message.landed_s, started)
         self._sequences.open(job, message.manifest.num_written, message.manifest.first_tokens)
         if not job.sequences:
             del self._jobs[job.request.request_id]
@@ -324,14 +327,14 @@ class DecodeWorker:
     async def _execute(self, chunks: list[Chunk]) -> StepResult:
         copies = self._sequences.take_copies(chunks)
         self._in_step = True
-        started = self._clock()
+        self._step_began_at = self._clock()
         try:
             return await self._compute(lambda: self._run(copies, chunks))
         finally:
             self._in_step = False
             self._sequences.copied(copies)
             self._counts["num_steps"] += 1
-            self._counts["step_s"] += self._clock() - started
+            self._counts["step_s"] += self._clock() - self._step_began_at
 
     def _fail_step(self, chunks: list[Chunk], error: Exception) -> None:
         failure = InternalError(f"a decode step failed ({type(error).__name__}); the worker's log has the details")
@@ -387,6 +390,7 @@ class DecodeWorker:
             job = self._sequences.job_of(lead)
             if job is None or job.is_dropped:
                 continue
+            job.first_step_at = job.first_step_at or self._step_began_at
             lead.num_computed += chunk.num_tokens
             self._counts["prompt_tokens" if chunk.num_tokens > 1 else "decode_rows"] += chunk.num_tokens
             self._sequences.seal(lead)
@@ -423,6 +427,7 @@ class DecodeWorker:
             stop_reason=finished[1] if finished else None,
             cached_tokens=job.cached_tokens,
             prompt_logprobs=self._take_scores(job),
+            spent=job.take_spent(self._clock),
         )
         if finished:
             self._after_step.append(lambda: self._retire(sequence))
@@ -478,6 +483,7 @@ class DecodeWorker:
             transfer_bytes=self.handover.transfer_bytes,
             transfers_failed=self.handover.transfers_failed,
             digest_failures=self.handover.digest_failures,
+            leases_expired=self.handover.leases_expired,
             last_token_age_s=age,
         )
 

@@ -174,7 +174,7 @@ class PrefillWorker:
             self.outbound.failing(grant.grant_id)
             self.outbound.aborted(grant.grant_id)
             raise
-        job = Job(message, gateway, link.sender, link.peer)
+        job = Job(message, gateway, link.sender, link.peer, self._clock())
         self._jobs[grant.request_id] = job
         self._by_grant[grant.grant_id] = job
         self._waiting.append(job)
@@ -354,7 +354,7 @@ class PrefillWorker:
             except OutOfBlocks:
                 break
             self._waiting.popleft()
-            job.cached_tokens = job.sequence.num_computed
+            job.cached_tokens, job.started_at = job.sequence.num_computed, self._clock()
             self._counts["prefix_queries"] += job.grant.num_tokens
             self._counts["prefix_hits"] += job.cached_tokens
             self._active.append(job)
@@ -388,7 +388,6 @@ class PrefillWorker:
             index = sequence.output_len
             sequence.append(sample.token)
             reason, stop = finish_reason(sequence, self.settings.max_model_len) or (None, None)
-            logprobs = (sample.logprobs,) if sample.logprobs is not None else None
             updates.append(
                 TokenUpdate(
                     request_id=job.request.request_id,
@@ -396,11 +395,12 @@ class PrefillWorker:
                     choice=sequence.choice,
                     index=index,
                     tokens=(sample.token,),
-                    logprobs=logprobs,
+                    logprobs=(sample.logprobs,) if sample.logprobs is not None else None,
                     finish_reason=reason,
                     stop_reason=stop,
                     cached_tokens=job.cached_tokens,
                     from_prefill=True,
+                    spent=job.spent(self._clock()),
                 )
             )
             first.append(FirstToken(sequence.choice, sample.token, reason, stop, sample.logprobs))
@@ -420,7 +420,7 @@ class PrefillWorker:
             self.outbound.finishing(grant.grant_id)
             digests = await job.sender.finish(grant.grant_id, self.settings.transfer_timeout_s)
             manifest = self.outbound.sealed(grant.grant_id, digests, first_tokens)
-            await job.decode.call(Seal(manifest), self.settings.transfer_timeout_s)
+            await job.decode.call(Seal(manifest, time.perf_counter() - started), self.settings.transfer_timeout_s)
         except Exception as error:
             if not isinstance(error, TandemError):
                 log.exception("handing over %s", grant.grant_id)
