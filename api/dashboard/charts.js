@@ -31,7 +31,7 @@ const CHARTS = [
   ]},
   {id: "kv", title: "KV cache", format: value => percent(value, 0), max: 1, lines: [
     {name: "kv_used_share", label: "full", color: "--blue", width: 2, fill: "--blue-wash"},
-    {name: "kv_bytes_per_s", label: "travelling", color: "--amber", width: 1.5, dash: [6, 3], scale: "bytes", format: value => bytes(value) + "/s"},
+    {name: "kv_bytes_per_s", label: "travelling", color: "--amber", width: 1.5, dash: [6, 3], scale: "bytes", format: value => known(value) ? bytes(value) + "/s" : "–"},
   ]},
 ];
 
@@ -122,7 +122,7 @@ class Figure {
     const top = max => {
       if (chart.max) return chart.max;
       const least = this.promised ? this.promised * 1.15 : 0;
-      return Math.max(known(max) ? max * 1.1 : 0, least, 1e-9);
+      return Math.max(known(max) ? max * 1.1 : 0, least) || 1;
     };
     const options = {
       width: this.canvas.clientWidth, height: this.#height(), padding: [8, 6, 0, 0],
@@ -175,7 +175,7 @@ export class Tiles {
       const value = make("b", {id: `tile-${id}`}), unit = make("span", {class: "unit"}), note = make("p", {class: "dim"});
       const path = svg("path", {}), area = svg("path", {class: "area"});
       const node = make("article", {class: "tile"}, make("h3", {}, label), make("p", {class: "big"}, value, unit),
-        note, svg("svg", {viewBox: `0 0 ${SPARK} 20`, preserveAspectRatio: "none", "aria-hidden": "true"}, area, path));
+        note, svg("svg", {viewBox: `0 0 ${SPARK - 1} 20`, preserveAspectRatio: "none", "aria-hidden": "true"}, area, path));
       root.append(node);
       return {show, value, unit, note, path, area, node};
     });

@@ -7,14 +7,14 @@ const SVG = "http://www.w3.org/2000/svg";
 export function make(tag, props, ...children) {
   const node = document.createElement(tag);
   set(node, props);
-  node.append(...children.flat().filter(child => child !== null && child !== undefined));
+  node.append(...children.flat(Infinity).filter(child => child !== null && child !== undefined));
   return node;
 }
 
 export function svg(tag, props, ...children) {
   const node = document.createElementNS(SVG, tag);
   set(node, props);
-  node.append(...children.flat().filter(Boolean));
+  node.append(...children.flat(Infinity).filter(Boolean));
   return node;
 }
 
@@ -37,7 +37,7 @@ export function redraw(node, shown, build) {
   const key = JSON.stringify(shown);
   if (node.shownKey === key) return false;
   node.shownKey = key;
-  node.replaceChildren(...[build()].flat().filter(Boolean));
+  node.replaceChildren(...[build()].flat(Infinity).filter(Boolean));
   return true;
 }
 
@@ -45,6 +45,7 @@ export const known = value => value !== null && value !== undefined && !Number.i
 
 export function duration(seconds) {
   if (!known(seconds)) return "–";
+  if (seconds === 0) return "0";
   if (seconds < 0.0995) return trim(seconds * 1000, seconds < 0.00995 ? 1 : 0) + " ms";
   if (seconds < 0.9995) return Math.round(seconds * 1000) + " ms";
   if (seconds < 100) return trim(seconds, seconds < 10 ? 2 : 1) + " s";

@@ -20,7 +20,7 @@ let isWaiting = false;
 
 follow(store, {
   snapshot() {
-    requests.isLive = true;
+    if (!requests.isLive) requests.start();
     if (isWaiting) return;
     isWaiting = true;
     requestAnimationFrame(() => { isWaiting = false; draw(); });
@@ -145,12 +145,13 @@ addEventListener("keydown", event => {
 });
 
 for (const name of SECTIONS) $(name).tabIndex = -1;
-new IntersectionObserver(entries => {
+const spy = new IntersectionObserver(entries => {
   for (const entry of entries) {
     const link = document.querySelector(`nav a[href="#${entry.target.id}"]`);
     if (link) link.toggleAttribute("aria-current", entry.isIntersecting);
   }
-}, {rootMargin: "-20% 0px -70% 0px"}).observe($("overview"));
+}, {rootMargin: "-20% 0px -70% 0px"});
+for (const name of SECTIONS) spy.observe($(name));
 
 setInterval(() => { // a stream that says nothing more
   if (store.arrivedAt && performance.now() - store.arrivedAt > 10000 && $("live").dataset.state === "live") text($("live").lastElementChild, "quiet");

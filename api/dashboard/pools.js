@@ -114,7 +114,7 @@ class Card {
   }
 
   draw(worker) {
-    const total = worker.blocks_total || 0, share = n => total ? (n || 0) / total : 0;
+    const total = worker.alive ? worker.blocks_total || 0 : 0, share = n => total ? (n || 0) / total : 0;
     this.node.dataset.state = worker.alive ? worker.state : "lost";
     text(this.state, `${STATES[worker.alive ? worker.state : "lost"] || "●"} ${worker.alive ? worker.state : "lost"}`);
     text(this.rate, worker.alive ? rate(worker.tokens_per_s) : "–");
@@ -122,7 +122,7 @@ class Card {
     this.bars[0].style.width = `${100 * share(worker.blocks_used)}%`;
     this.bars[1].style.width = `${100 * share(worker.blocks_cached)}%`;
     this.kv.setAttribute("aria-label", `KV ${percent(share(worker.blocks_used), 0)} in use`);
-    text(this.kvText, total ? `KV ${percent(share(worker.blocks_used), 0)} of ${count(total)} blocks` : "no KV pool yet");
+    text(this.kvText, total ? `KV ${percent(share(worker.blocks_used), 0)} of ${count(total)} blocks` : worker.alive ? "no KV pool yet" : "its KV is gone with it");
     const parallel = worker.parallel && worker.parallel.replace(/\s/g, "") !== "1x1" ? `${worker.parallel} ranks · ` : "";
     text(this.more, worker.alive ? `${parallel}last token ${ago(worker.last_token_age_s)}${worker.rss_bytes ? ` · ${bytes(worker.rss_bytes)}` : ""}` : "its successor is being started");
     this.node.title = `${worker.name}: ${count(worker.running)} running, ${count(worker.waiting)} waiting, ${rate(worker.steps_per_s)} steps/s, incarnation ${worker.incarnation}`;

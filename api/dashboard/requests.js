@@ -21,9 +21,15 @@ export class Requests {
     $("by-id").addEventListener("input", () => this.draw());
     $("by-id").addEventListener("keydown", event => { if (event.key === "Enter" && event.target.value.trim()) this.open(event.target.value.trim()); });
     $("hold").addEventListener("click", () => this.hold());
-    new IntersectionObserver(entries => { this.isVisible = entries.at(-1).isIntersecting; if (this.isVisible) this.refresh(); }, {rootMargin: "200px"}).observe($("requests"));
+    new IntersectionObserver(entries => { this.isVisible = entries.at(-1).isIntersecting; if (this.isVisible && this.isLive) this.refresh(); }, {rootMargin: "200px"}).observe($("requests"));
     this.#say();
     this.#forever();
+  }
+
+  /** The figures may be read: from here on the list follows while it can be seen. */
+  start() {
+    this.isLive = true;
+    this.refresh();
   }
 
   hold() {

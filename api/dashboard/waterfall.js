@@ -74,18 +74,14 @@ export function waterfall(fall, now = 0) {
   const width = Math.max(fall.end, now, 1), node = make("div", {class: "fall"});
   for (const segment of fall.segments) {
     const length = segment.to - segment.from, inside = fall.ticks.filter(t => t >= segment.from && t <= segment.to);
-    const isEarly = segment.from / width < 0.6;
-    const said = make("span", {class: "said", style: isEarly ? {left: `calc(${Math.min(100, 100 * segment.to / width)}% + .4rem)`} : {right: `calc(${100 - 100 * segment.from / width}% + .4rem)`}}, ms(length));
-    const isFull = isEarly && segment.to / width > 0.8;
-    if (isFull) { said.className = "said in"; Object.assign(said.style, {left: "", right: `calc(${100 - 100 * segment.to / width}% + .4rem)`}); }
     node.append(make("div", {class: "lane"},
       make("span", {class: "who"}, segment.label, segment.worker ? make("small", {}, segment.worker) : null),
       make("span", {class: "track"}, make("i", {class: `ph ${segment.phase}`, style: place(segment, width), title: segment.detail}),
         segment.phase === "decode" ? thin(inside).map(t => make("i", {class: "tick", style: {left: `${100 * t / width}%`}})) : null,
-        fall.breaks.map(one => make("i", {class: "break", style: {left: `${100 * one.at / width}%`}, title: one.detail})), said)));
+        fall.breaks.map(one => make("i", {class: "break", style: {left: `${100 * one.at / width}%`}, title: one.detail}))), make("span", {class: "said"}, ms(length))));
   }
   node.append(make("div", {class: "lane axis"}, make("span", {class: "who"}), make("span", {class: "track"},
-    scaleOf(width).map(t => make("span", {class: "mark", style: {left: `${100 * t / width}%`}}, t === 0 ? "0" : duration(t / 1000))))));
+    scaleOf(width).map(t => make("span", {class: "mark", style: {left: `${100 * t / width}%`}}, duration(t / 1000)))), make("span", {})));
   for (const one of fall.breaks) node.append(make("p", {class: "resumed"}, "↻ ", `resumed after ${ms(one.at)}: ${one.detail}`));
   return node;
 }
