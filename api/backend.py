@@ -94,6 +94,16 @@ class Backend(Protocol):
         """
         ...
 
+    async def history(self, what: str, **query: Any) -> dict[str, Any]:
+        """One document of the last hour, as plain JSON values; may raise TandemError. Times in seconds where no unit is named.
+
+        "snapshot": now (unix), promise, status (as above), sla {window_s, rows (scheduler.sla.Sla.rows)},
+        pools {queue, workers, links}, series {step_s, point, history}, events. "tick": the same without series.history.
+        "requests" (tenant, state, limit): {requests}, newest first. "request" (request_id): {request, timeline, why};
+        raises NotFound. "sla" (window_s): {window_s, rows}.
+        """
+        ...
+
     async def metrics(self) -> str:
         """The whole cluster in Prometheus text format 0.0.4."""
         ...

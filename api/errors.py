@@ -29,6 +29,13 @@ class RouteNotFound(InvalidRequest):
     code: ClassVar[str | None] = "unknown_url"
 
 
+class RequestNotFound(InvalidRequest):
+    """No request of that id is remembered."""
+
+    http_status: ClassVar[int] = 404
+    code: ClassVar[str | None] = "request_not_found"
+
+
 class MethodNotAllowed(InvalidRequest):
     http_status: ClassVar[int] = 405
     code: ClassVar[str | None] = "method_not_allowed"

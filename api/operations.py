@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
@@ -16,7 +15,7 @@ from api.intake import read_json
 from api.page import add_page_routes
 from api.routes import Service
 from api.schema import DetokenizeBody, TokenizeBody, validate
-from protocol.errors import InvalidRequest, Overloaded, TandemError
+from protocol.errors import InvalidRequest, Overloaded
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ENDPOINTS = {
@@ -29,6 +28,7 @@ ENDPOINTS = {
     "GET /health": "200 when a token can be produced (also /ready, /ping)",
     "GET /metrics": "Prometheus, text format 0.0.4",
     "GET /dashboard": "promises per tenant, pools, requests, events, a playground",
+    "GET /admin/sla": "promises and what was kept, per tenant: json, csv or md (also /admin/sla.csv)",
     "GET /version": "",
     "GET /load": "",
     "GET /openapi.json": "",
@@ -118,35 +118,11 @@ def _add_pages(app: FastAPI, service: Service) -> None:
             return HTMLResponse(_FRONT_PAGE.format(rows=rows))
         return json_response({"name": "tandem", "version": service.settings.version, "endpoints": ENDPOINTS})
 
-    async def dashboard_data() -> Response:
-        return json_response(await _dashboard_data(service), headers={"cache-control": "no-store"})
-
     async def openapi() -> Response:
         return json_response(app.openapi())
 
     app.add_api_route("/", front, methods=["GET"], include_in_schema=False)
-    app.add_api_route("/dashboard/data", dashboard_data, methods=["GET"], include_in_schema=False)
     app.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
-
-
-async def _dashboard_data(service: Service) -> dict[str, Any]:
-    """What the dashboard reads first. A scheduler that does not answer is an empty status with the reason beside it."""
-    settings, backend = service.settings, service.backend
-    error: str | None = None
-    status: dict[str, Any] = {}
-    try:
-        status = await backend.status()
-    except TandemError as failure:
-        error = failure.message
-    return {
-        "version": settings.version,
-        "models": [card.id for card in backend.models()],
-        "ready": backend.is_ready(),
-        "reason": backend.reason(),
-        "promise": {"ttft_s": settings.promise_ttft_s, "tpot_s": settings.promise_tpot_s},
-        "status": status,
-        "error": error,
-    }
 
 
 _FRONT_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">

@@ -19,13 +19,16 @@ from api.backend import ModelCard, Settings, hash_api_key
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
 from cluster.gateway import Gateway, Limits
+from cluster.history import mark_document
 from cluster.preflight import max_model_len
+from cluster.walk import Walk
 from configs.schema import Config
 from models.config import read_config
 from models.locate import locate
-from protocol.errors import TandemError
+from protocol.errors import NotFound, TandemError
 from protocol.events import Event
-from protocol.messages import AskMetrics, AskStatus, Metrics, Status
+from protocol.lifecycle import Phase
+from protocol.messages import AskHistory, AskMetrics, AskStatus, Metrics, Status
 from protocol.network import Network
 from protocol.request import Request
 
@@ -82,6 +85,7 @@ class Door:
             time.monotonic,  # not the loop's clock: uvloop's counts whole milliseconds, and a token may take less
             limits_of(config),
             config.model.seed,
+            config.gateway.timelines,
         )
         key = config.gateway.api_key
         settings = Settings(
@@ -123,6 +127,18 @@ class Door:
         status: dict[str, Any] = msgspec.json.decode(answer.json)
         return status
 
+    async def history(self, what: str, **query: Any) -> dict[str, Any]:
+        walk = self._gateway.walk_of(query["request_id"]) if what == "request" else None
+        try:
+            answer = await self._gateway.ask(AskHistory(what=what, **query))
+        except NotFound:
+            if walk is None:
+                raise
+            return _as_it_runs({"request": {"id": walk.request.request_id}, "timeline": [], "why": None}, walk)
+        assert isinstance(answer, Status)
+        document: dict[str, Any] = msgspec.json.decode(answer.json)
+        return document if walk is None else _as_it_runs(document, walk)
+
     async def metrics(self) -> str:
         answer = await self._gateway.ask(AskMetrics())
         assert isinstance(answer, Metrics)
@@ -141,6 +157,29 @@ class Door:
                 log.exception("readiness")
                 self._reason = "the readiness check failed; the gateway's log has the details"
             await asyncio.sleep(STATUS_S)
+
+
+_STATES = {
+    Phase.RECEIVED: "queued",
+    Phase.QUEUED: "queued",
+    Phase.PLACED: "prefill",
+    Phase.RESERVED: "prefill",
+    Phase.PREFILLING: "prefill",
+    Phase.TRANSFERRING: "transfer",
+}
+
+
+def _as_it_runs(document: dict[str, Any], walk: Walk) -> dict[str, Any]:
+    """What the scheduler knows of a request that runs here, with what only its own gateway knows."""
+    usage = walk.usage()
+    now = {
+        "state": _STATES.get(walk.phase, "decode"),
+        "output_tokens": usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "resumptions": usage.num_resumptions,
+    }
+    timeline = [mark_document(mark) for mark in walk.timeline.marks()]
+    return {**document, "request": {**document["request"], **now}, "timeline": timeline}
 
 
 def _why_not_ready(status: dict[str, Any]) -> str:

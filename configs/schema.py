@@ -21,6 +21,7 @@ BYTE_KEYS = frozenset({"model.kv_cache_bytes", "gateway.max_body_bytes", "schedu
 Count = Annotated[int, Meta(ge=1, le=2**24)]
 CountOrAuto = Annotated[int, Meta(ge=0, le=2**24)]
 Bytes = Annotated[int, Meta(ge=1024, le=2**50)]
+Price = Annotated[float, Meta(ge=0, le=10**9)]
 Seconds = Annotated[float, Meta(gt=0, le=10**7)]
 Text = Annotated[str, Meta(min_length=1)]
 
@@ -87,6 +88,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     prefill_timeout_s: Annotated[Seconds, says("reservation to first token, then another attempt")] = 300.0
     token_timeout_s: Annotated[Seconds, says("silence between two tokens, then another attempt")] = 60.0
     recovery_timeout_s: Annotated[Seconds, says("how long to look for a scheduler that comes back")] = 30.0
+    timelines: Annotated[bool, says("keep the marks of every request, for `tandem trace` and the dashboard")] = True
+    otlp_endpoint: Annotated[
+        str | None, says("where spans go, OTLP over HTTP; none: as OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere")
+    ] = None
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,6 +110,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     recovery_s: Annotated[Seconds, says("requests wait so long for a worker while none is alive, then 503")] = 60.0
     ttft_target_s: Annotated[Seconds, says("the promise: time to first token")] = 2.0
     tpot_target_s: Annotated[Seconds, says("the promise: time per output token; decode workers are filled up to it")] = 0.2
+    attainment_target: Annotated[float, Meta(gt=0, lt=1), says("the promise: share of requests that keep both times")] = 0.99
+    input_price: Annotated[Price | None, says("money for a million prompt tokens, in SLA reports; none: no cost is shown")] = None
+    cached_price: Annotated[Price | None, says("the same for prompt tokens from a cache; none: as others")] = None
+    output_price: Annotated[Price | None, says("money for a million output tokens, in SLA reports")] = None
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

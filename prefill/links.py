@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, ValuesView
 
 from kvtransfer.transport import Sender
 from protocol.errors import TandemError, TransferFailed, WorkerLost
-from protocol.kv import KVEndpoint
-from protocol.messages import Handshake, HandshakeAccepted, WriterDone
+from protocol.kv import KVEndpoint, ShmEndpoint, TcpEndpoint
+from protocol.messages import Handshake, HandshakeAccepted, LinkStats, WriterDone
 from protocol.network import Clock, Network, Peer
 from protocol.ticket import Grant
 
@@ -85,6 +85,16 @@ class Links:
 
     def values(self) -> ValuesView[Link]:
         return self._links.values()
+
+    def stats(self) -> tuple[LinkStats, ...]:
+        """Of the links there are now."""
+        kinds = {ShmEndpoint: "shm", TcpEndpoint: "tcp"}
+        found = []
+        for incarnation, link in self._links.items():
+            sent = link.sender.stats
+            transport = kinds.get(type(link.endpoint), "memory")
+            found.append(LinkStats(incarnation, transport, sent.transfers, sent.failed, sent.nbytes))
+        return tuple(found)
 
     @property
     def num_owed(self) -> int:

@@ -462,7 +462,6 @@ class PrefillWorker:
 
     def stats(self) -> WorkerStats:
         c = self._counts
-        age = -1.0 if self.last_token_at is None else self._clock() - self.last_token_at
         return WorkerStats(
             num_running=len(self._active),
             num_waiting=len(self._waiting),
@@ -480,7 +479,8 @@ class PrefillWorker:
             transfer_bytes=int(c["transfer_bytes"]),
             transfer_s=c["transfer_s"],
             transfers_failed=int(c["transfers_failed"]),
-            last_token_age_s=age,
+            last_token_age_s=-1.0 if self.last_token_at is None else self._clock() - self.last_token_at,
+            links=self._links.stats(),
         )
 
     def check_integrity(self) -> None:

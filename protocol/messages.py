@@ -152,6 +152,16 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag="worker_info", kw_only=True):
     parallel: Parallel = ALONE
 
 
+class LinkStats(msgspec.Struct, frozen=True, array_like=True):
+    """What a prefill worker sent to one life of a decode worker; cumulative since the link was made."""
+
+    peer: str  # incarnation
+    transport: str
+    transfers: int
+    failed: int
+    nbytes: int
+
+
 class WorkerStats(msgspec.Struct, frozen=True, tag="worker_stats", kw_only=True):
     """Cumulative counters and present gauges of one worker. Times are sums of seconds."""
 
@@ -176,6 +186,8 @@ class WorkerStats(msgspec.Struct, frozen=True, tag="worker_stats", kw_only=True)
     leases_expired: int = 0
     last_token_age_s: float = -1.0  # seconds since it last produced a token; -1: never
     rss_bytes: int = 0
+    links: tuple[LinkStats, ...] = ()
+    gpu: dict[str, float] = {}  # utilization (0..1), memory_used_bytes, memory_total_bytes, power_watts, temperature_celsius
 
 
 class WorkerBeat(msgspec.Struct, frozen=True, tag="worker_beat"):
