@@ -59,6 +59,7 @@ class SchedulerActor:
         self._service: Any = None
 
     async def address(self) -> str:
+        from cluster.history import promises_of
         from cluster.metrics import ClusterMetrics
         from cluster.scheduler_service import SchedulerService
         from scheduler.scheduler import Scheduler
@@ -69,7 +70,10 @@ class SchedulerActor:
                 clock = time.monotonic  # uvloop rounds its own clock to milliseconds
                 scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
                 self._service = SchedulerService(
-                    scheduler, network, clock, ClusterMetrics(self._config.model.served_name or self._config.model.name)
+                    scheduler,
+                    network,
+                    clock,
+                    ClusterMetrics(self._config.model.served_name or self._config.model.name, promises_of(self._config.scheduler)),
                 )
                 await self._service.start()
                 self._network = network

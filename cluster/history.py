@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from configs.schema import SchedulerConfig
 from protocol.errors import NotFound, TandemError
 from protocol.messages import Admit, AskHistory, Outcome, Progress, WorkerStats
 from protocol.ticket import Ticket
@@ -89,13 +90,21 @@ class Row:
 
 
 class History:
-    """Told by `SchedulerService` of what happens; `answer` gives the documents. wall: unix seconds, for people only."""
+    """Told by `SchedulerService` of what happens; `answer` gives the documents. wall: unix seconds, for people only.
 
-    def __init__(self, scheduler: Scheduler, wall: Callable[[], float] = time.time) -> None:
+    on_refused(tenant, class, reason): for the metrics.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        wall: Callable[[], float] = time.time,
+        on_refused: Callable[[str, str, str], None] = lambda *_: None,
+    ) -> None:
         config = scheduler.config
-        promise = Promise(config.ttft_target_s, config.tpot_target_s, config.attainment_target)
         prices = Prices(config.input_price, config.cached_price, config.output_price)
-        self.sla = Sla({"standard": promise}, prices, ("default",))
+        self.sla = Sla(promises_of(config), prices, ("default",))
+        self._on_refused = on_refused
         self.series = Series()
         self._scheduler = scheduler
         self._wall = wall
@@ -136,6 +145,7 @@ class History:
         row.mark(now, "end", None, f"refused: {reason}")
         self.sla.refused(row.tenant, row.slo_class, reason, now)
         self.series.count("refused")
+        self._on_refused(row.tenant, row.slo_class, reason)
         text = f"tenant {row.tenant} was refused ({error.http_status} {reason}): {error.message}"
         self.event("refused", text, request_id=request_id, key=f"{row.tenant} {reason}")
 
@@ -418,6 +428,11 @@ class History:
         (since, first), (until, last) = beats[0], beats[-1]
         before, after = ({link.peer: link.nbytes for link in stats.links}.get(peer, 0) for stats in (first, last))
         return round(max(0.0, (after - before) / max(1e-3, until - since)), 1)
+
+
+def promises_of(config: SchedulerConfig) -> dict[str, Promise]:
+    """What each class is promised. There is one class so far."""
+    return {"standard": Promise(config.ttft_target_s, config.tpot_target_s, config.attainment_target)}
 
 
 def mark_document(mark: Mark) -> dict[str, Any]:

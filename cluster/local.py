@@ -20,6 +20,7 @@ from cluster import assembly
 from cluster.agent import Agent, new_incarnation
 from cluster.door import limits_of
 from cluster.gateway import Gateway
+from cluster.history import promises_of
 from cluster.loopback import Hub
 from cluster.metrics import ClusterMetrics
 from cluster.preflight import max_model_len
@@ -72,7 +73,7 @@ class LocalCluster:
     async def start(self) -> None:
         clock = asyncio.get_running_loop().time
         network = self._hub.network("scheduler")
-        metrics = ClusterMetrics(assembly.served_name(self.config))
+        metrics = ClusterMetrics(assembly.served_name(self.config), promises_of(self.config.scheduler))
         scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
         self.service = SchedulerService(scheduler, network, clock, metrics)
         await self.service.start()

@@ -41,6 +41,7 @@ from scheduler.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
+METRICS_WINDOW_S = 300.0
 MAX_GONE = 4096  # requests whose end is remembered, so that an Admit overtaken by it is not queued for nobody
 GONE_S = 30.0
 REFUSALS = {"DeadlineExceeded": "queue_timeout", "NoWorker": "no_worker"}  # of those that waited, by what they were told
@@ -54,7 +55,7 @@ class SchedulerService:
         self._network = network
         self._clock = clock
         self._metrics = metrics
-        self.history = History(scheduler)
+        self.history = History(scheduler, on_refused=metrics.refused)
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._workers: dict[Peer, str] = {}  # -> incarnation: a broken connection is quicker than a missed beat
         self._gone: OrderedDict[str, tuple[float, float]] = OrderedDict()  # request_id -> its last epoch, told when
@@ -170,7 +171,7 @@ class SchedulerService:
         return Status(msgspec.json.encode(self.history.answer(message, now)))
 
     def _metrics_text(self, peer: Peer, message: AskMetrics, now: float) -> Metrics:
-        return Metrics(self._metrics.text(self.scheduler.status(now)))
+        return Metrics(self._metrics.text(self.scheduler.status(now), self.history.sla.rows(METRICS_WINDOW_S, now)))
 
     _answers: dict[type, Callable[..., Message | None]] = {
         Withdraw: _withdraw,

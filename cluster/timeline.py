@@ -23,6 +23,7 @@ class Timeline:
     def __init__(self, received_at: float, intake_s: float, is_on: bool = True) -> None:
         self.is_on = is_on
         self.gaps: dict[int, int] = {}  # bucket of GAP_BUCKETS -> how many
+        self.gap_s = 0.0  # their sum
         self.prefill_ended_at: float | None = None  # of this attempt
         self.transfer_ended_at: float | None = None
         self._received_at = received_at
@@ -84,6 +85,7 @@ class Timeline:
         if since is not None:
             bucket = bisect_left(GAP_BUCKETS, now - since)
             self.gaps[bucket] = self.gaps.get(bucket, 0) + 1
+            self.gap_s += now - since
         before, self._num_tokens = self._num_tokens, self._num_tokens + count
         if before // self._stride != self._num_tokens // self._stride and self.is_on:
             self._token_marks.append(Mark(round(now - self._received_at, 6), "token", self._decode, f"{self._num_tokens} tokens"))

@@ -345,5 +345,6 @@ class Walk:
             placed_ttft_s=self.first_token_at - placed if self.first_token_at is not None else 0.0,
             failure=failure,
             gaps=tuple(self.timeline.gaps.items()),
+            gap_s=self.timeline.gap_s,
             marks=self.timeline.marks(),
         )

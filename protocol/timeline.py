@@ -83,6 +83,7 @@ class Trace(msgspec.Struct, frozen=True, array_like=True):
     placed_ttft_s: float = 0.0
     failure: str | None = None
     gaps: tuple[tuple[int, int], ...] = ()
+    gap_s: float = 0.0  # their sum
     marks: tuple[Mark, ...] = ()
 
 
