@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import socket
 import sys
 from collections.abc import Sequence
@@ -42,8 +43,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Never raises for what a user can get wrong: one sentence on stderr and a status."""
     try:
+        words = sys.argv[1:] if argv is None else list(argv)
+        if words[:1] == ["bench"]:
+            return run_bench(words[1:])
         parser = build_parser()
-        args, unknown = parser.parse_known_args(argv)
+        args, unknown = parser.parse_known_args(words)
         if unknown:
             raise _unknown_option(unknown[0], args.command)
         if args.run is None:
@@ -124,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = command("doctor", run_doctor, "What this machine has, lacks, and what to do about it.")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     _add_options(doctor)
+    command("bench", None, "Measure a server: `tandem bench serve --help`.")  # parsed where it is run, see main
     command("version", run_version, "Versions of this and of what it stands on.")
     return parser
 
@@ -256,6 +261,12 @@ def run_doctor(args: argparse.Namespace) -> int:
     from cluster.doctor import examine
 
     return examine(resolve(args).config, args.json)
+
+
+def run_bench(words: list[str]) -> int:
+    """`python -m bench`, under another name. bench/ stands beside the product, which must not import it: it is run."""
+    found = runpy.run_module("bench.__main__", run_name="bench.__main__")
+    return int(found["main"](words, "tandem bench"))
 
 
 def run_version(args: argparse.Namespace) -> int:
