@@ -120,6 +120,7 @@ def with_origin(job: Job, http: HttpRequest, received_at: float) -> Job:
         client_id=getattr(http.state, "client_id", ""),
         traceparent=traceparent if TRACEPARENT.fullmatch(traceparent) else "",
         intake_s=time.monotonic() - received_at,
+        operation="chat" if job.is_chat else "text_completion",
     )
     requests = tuple(msgspec.structs.replace(request, origin=origin) for request in job.requests)
     return msgspec.structs.replace(job, requests=requests)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -18,6 +19,7 @@ from api.app import build_app
 from api.backend import ModelCard, Settings, hash_api_key
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
+from cluster import otel
 from cluster.gateway import Gateway, Limits
 from cluster.history import mark_document
 from cluster.preflight import max_model_len
@@ -65,6 +67,8 @@ class Door:
         model = read_config(folder)
         self._tokenizer = Tokenizer(folder, config.model.chat_template)
         self._config = config
+        endpoint = config.gateway.otlp_endpoint
+        self._spans = otel.open_spans(endpoint) if otel.is_wanted(endpoint, os.environ) else None
         self._status: dict[str, Any] = {}
         self._reason = "starting: no worker has reported yet"
         served = config.model.served_name or config.model.name
@@ -86,6 +90,7 @@ class Door:
             limits_of(config),
             config.model.seed,
             config.gateway.timelines,
+            (self._spans,) if self._spans is not None else (),
         )
         key = config.gateway.api_key
         settings = Settings(
@@ -106,6 +111,8 @@ class Door:
         if self._watching is not None:
             self._watching.cancel()
         await self._gateway.close()
+        if self._spans is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
 
     # ---- api.backend.Backend -----------------------------------------------------------------------------------------
 

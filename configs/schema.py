@@ -110,7 +110,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     recovery_s: Annotated[Seconds, says("requests wait so long for a worker while none is alive, then 503")] = 60.0
     ttft_target_s: Annotated[Seconds, says("the promise: time to first token")] = 2.0
     tpot_target_s: Annotated[Seconds, says("the promise: time per output token; decode workers are filled up to it")] = 0.2
-    attainment_target: Annotated[float, Meta(gt=0, lt=1), says("the promise: share of requests that keep both times")] = 0.99
+    attainment_target: Annotated[float, Meta(gt=0, le=0.99999), says("the promise: share of requests that keep both times")] = 0.99
     input_price: Annotated[Price | None, says("money for a million prompt tokens, in SLA reports; none: no cost is shown")] = None
     cached_price: Annotated[Price | None, says("the same for prompt tokens from a cache; none: as others")] = None
     output_price: Annotated[Price | None, says("money for a million output tokens, in SLA reports")] = None

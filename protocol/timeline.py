@@ -36,11 +36,13 @@ class Origin(msgspec.Struct, frozen=True):
     """Where a request came from. For people and traces; nothing is decided by it.
 
     client_id: the X-Request-Id that it was answered with. intake_s: from its body being read until it was tokenized.
+    operation: as OpenTelemetry calls it, "chat" or "text_completion".
     """
 
     client_id: str = ""
     traceparent: str = ""
     intake_s: float = 0.0
+    operation: str = "text_completion"
 
 
 class Spent(msgspec.Struct, frozen=True, array_like=True):
