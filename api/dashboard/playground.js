@@ -25,7 +25,7 @@ export class Playground {
 
   async run() {
     if (this.control) return;
-    const control = this.control = new AbortController(), seen = {ticks: [], first: null, id: null, sent: performance.now(), usage: null, metrics: null, end: null};
+    const control = this.control = new AbortController(), seen = {ticks: [], first: null, id: `play-${crypto.getRandomValues(new Uint32Array(2)).join("-")}`, isKnown: false, sent: performance.now(), usage: null, metrics: null, end: null};
     $("send").disabled = true;
     $("stop").disabled = false;
     $("answer").replaceChildren();
@@ -49,7 +49,7 @@ export class Playground {
       $("answer").classList.add("failed");
     }
     this.#draw(seen);
-    if (seen.id) await this.#timeline(seen);
+    if (seen.isKnown) await this.#timeline(seen);
   }
 
   async #stream(seen, signal) {
@@ -57,8 +57,8 @@ export class Playground {
     const body = {model: $("play-model").value, max_tokens: Number($("play-tokens").value) || 64, temperature: Number($("play-temperature").value) || 0,
       stream: true, stream_options: {include_usage: true}, ...(isChat ? {messages: [{role: "user", content: prompt}]} : {prompt})};
     seen.sent = performance.now();
-    const answer = await ask(isChat ? "v1/chat/completions" : "v1/completions", {method: "POST", signal, headers: {"content-type": "application/json"}, body: JSON.stringify(body)});
-    seen.id = answer.headers.get("x-request-id");
+    const answer = await ask(isChat ? "v1/chat/completions" : "v1/completions", {method: "POST", signal, headers: {"content-type": "application/json", "x-request-id": seen.id}, body: JSON.stringify(body)});
+    seen.isKnown = answer.ok;
     if (!answer.ok) {
       const told = await answer.json().catch(() => null), wait = answer.headers.get("retry-after");
       return ((told && told.error && told.error.message) || `the server answered ${answer.status}`) + (wait ? ` (try again in ${wait} s)` : "");
