@@ -8,13 +8,13 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import http, serve, startup
+from bench import http, observing, serve, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="name", required=True)
-    for name, module in (("startup", startup), ("http", http), ("serve", serve)):
+    for name, module in (("startup", startup), ("http", http), ("serve", serve), ("observing", observing)):
         assert module.__doc__ is not None
         command = commands.add_parser(
             name,

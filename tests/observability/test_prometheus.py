@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from cluster import cli
 from cluster.grafana import CLUSTER, DASHBOARDS, FOLDER, SLA, VARIABLES, dashboard
 from tests.system.served import Served, free_port, serve
 
@@ -177,3 +178,41 @@ def test_prometheus_counts_what_the_report_counts(scraped: tuple[Prometheus, Ser
     scraped_later = prometheus.values("sum(tandem_slo_requests_total)")[0]
     assert 0.8 * report["finished"] <= scraped_later <= report["finished"] + 50
     assert report["attainment"] == prometheus.values("sum(tandem_slo_kept_total) / sum(tandem_slo_requests_total)")[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "words", [["sla", "report"], ["sla", "report", "--format", "csv", "--window", "60"], ["top", "--once"]], ids=" ".join
+)
+def test_commands_show_the_running_cluster(
+    scraped: tuple[Prometheus, Served], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, served = scraped
+    assert cli.main([*words, "--url", served.url]) == 0
+    shown = capsys.readouterr().out
+    assert "default" in shown
+    assert "standard" in shown
+
+
+def test_a_request_is_found_by_its_own_id(scraped: tuple[Prometheus, Served], capsys: pytest.CaptureFixture[str]) -> None:
+    """By the X-Request-Id that it was sent with and answered with; its bars are those of the path that it took."""
+    _, served = scraped
+    body = json.dumps({"model": "toy", "prompt": list(range(10, 210)), "max_tokens": 40, "ignore_eos": True}).encode()
+    asked = urllib.request.Request(
+        f"{served.url}/v1/completions", body, {"Content-Type": "application/json", "X-Request-Id": "trace-me"}
+    )
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        assert answer.headers["x-request-id"] == "trace-me"
+        metrics = json.load(answer)["metrics"]
+    served.wait(lambda: served.get("/dashboard/requests/trace-me")[0] == 200, 10, "its outcome")
+    served.wait(lambda: json.loads(served.get("/dashboard/requests/trace-me")[1])["request"]["state"] == "finished", 10, "its end")
+    row = json.loads(served.get("/dashboard/requests/trace-me")[1])["request"]
+    assert abs(row["ttft_ms"] - metrics["time_to_first_token_ms"]) < 0.01
+    assert row["prefill_worker"] == "prefill:0"
+    assert cli.main(["trace", "trace-me", "--url", served.url]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines() if "│" in line] == [
+        "intake", "queue", "reserve", "wait", "prefill", "transfer", "decode",
+    ]  # fmt: skip
+    assert "prefill:0 → decode:0" in shown
+    assert cli.main(["trace", "nobody", "--url", served.url]) == 1
+    assert "no request 'nobody' is remembered" in capsys.readouterr().err
