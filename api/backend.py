@@ -38,11 +38,13 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How the HTTP side behaves. Durations in seconds.
 
-    api_keys: SHA-256 (hex) of each key -> its tenant; empty: no key is asked for. salt_secret: the cluster's, so that
+    api_keys: SHA-256 (hex) of each key -> its tenant; empty: no key is asked for. operators: the tenants that may see
+    everybody's figures; empty: every key may. salt_secret: the cluster's, so that
     every gateway salts a tenant's prefix blocks alike. promise_*: what the dashboard measures against.
     """
 
     api_keys: dict[str, str] = {}
+    operators: tuple[str, ...] = ()
     salt_secret: bytes = b""
     version: str = "0.1.0"
     max_body_bytes: int = 8 << 20

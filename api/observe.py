@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from api.auth import operators_only
 from api.errors import RequestNotFound, json_response
 from api.live import Live
 from api.routes import Service
@@ -71,7 +72,7 @@ def add_observation_routes(app: FastAPI, service: Service) -> None:
         ("/admin/sla", sla),
         ("/admin/sla.csv", sla_csv),
     ):
-        app.add_api_route(path, endpoint, methods=["GET"], include_in_schema=False)
+        app.add_api_route(path, operators_only(endpoint), methods=["GET"], include_in_schema=False)
 
 
 async def snapshot(service: Service, what: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import msgspec
 from fastapi import FastAPI
 
 from api.app import build_app
+from api.auth import DEFAULT_TENANT
 from api.backend import ModelCard, Settings, hash_api_key
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from cluster.gateway import Gateway, Limits
 from cluster.history import mark_document
 from cluster.preflight import max_model_len
 from cluster.walk import Walk
-from configs.schema import Config
+from configs.schema import Config, tenants_of
 from models.config import read_config
 from models.locate import locate
 from protocol.errors import NotFound, TandemError
@@ -92,9 +93,12 @@ class Door:
             config.gateway.timelines,
             (self._spans,) if self._spans is not None else (),
         )
-        key = config.gateway.api_key
+        keys = tenants_of(config.gateway)
+        if config.gateway.api_key:
+            keys[config.gateway.api_key] = DEFAULT_TENANT
         settings = Settings(
-            api_keys={hash_api_key(key): "default"} if key else {},
+            api_keys={hash_api_key(key): tenant for key, tenant in keys.items()},
+            operators=(DEFAULT_TENANT,) if len(keys) > 1 else (),
             salt_secret=secret,
             max_body_bytes=config.gateway.max_body_bytes,
             promise_ttft_s=config.scheduler.ttft_target_s,

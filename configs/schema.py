@@ -7,6 +7,7 @@ Nothing else describes a key: the command line, `tandem config show` and the mes
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -14,7 +15,7 @@ from msgspec import Meta
 
 from protocol.errors import ConfigError
 
-SECRET_KEYS = frozenset({"gateway.api_key"})  # never printed
+SECRET_KEYS = frozenset({"gateway.api_key", "gateway.tenant_keys"})  # never printed
 # These also take "512MiB".
 BYTE_KEYS = frozenset({"model.kv_cache_bytes", "gateway.max_body_bytes", "scheduler.max_queue_bytes"})
 
@@ -82,6 +83,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     port: Annotated[int, Meta(ge=1, le=65535), says("port of the OpenAI-compatible endpoint")] = 8000
     replicas: Annotated[Count, says("gateway processes")] = 1
     api_key: Annotated[str | None, says("clients send it as bearer token; in TANDEM_GATEWAY_API_KEY `ps` cannot see it")] = None
+    tenant_keys: Annotated[
+        str | None, says("bearer tokens of tenants, NAME=KEY,NAME=KEY; then api_key is the operators', who alone see everybody's")
+    ] = None
     max_body_bytes: Annotated[Bytes, says("largest HTTP body")] = 32 * 2**20
     request_timeout_s: Annotated[Seconds, says("a request, door to door, then 504")] = 3600.0
     keep_alive_s: Annotated[Seconds, says("an idle HTTP connection stays open")] = 30.0
@@ -232,6 +236,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def tenants_of(gateway: GatewayConfig) -> dict[str, str]:
+    """gateway.tenant_keys as key -> tenant. Raises ConfigError, which shows no key."""
+    found: dict[str, str] = {}
+    for pair in (gateway.tenant_keys or "").split(","):
+        name, _, key = (part.strip() for part in pair.partition("="))
+        if not pair.strip():
+            continue
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or not key.isascii() or not key or name == "default":
+            raise ConfigError("gateway.tenant_keys is NAME=KEY,NAME=KEY; a name has a-z, 0-9, - and _", param="gateway.tenant_keys")
+        if key in found or key == gateway.api_key:
+            raise ConfigError(f"gateway.tenant_keys: the key of {name} is another's already", param="gateway.tenant_keys")
+        found[key] = name
+    return found
+
+
 def check(config: Config) -> None:
     """What no single key can tell. Raises ConfigError that names the keys and values at odds."""
     gateway, decode, model = config.gateway, config.decode, config.model
@@ -243,6 +262,10 @@ def check(config: Config) -> None:
         )
     if gateway.api_key is not None and (not gateway.api_key.strip() or not gateway.api_key.isascii()):
         raise ConfigError("gateway.api_key must be printable ASCII and not blank", param="gateway.api_key")
+    if tenants_of(gateway) and gateway.api_key is None:
+        raise ConfigError(
+            "gateway.tenant_keys wants gateway.api_key beside it, for those who look after all", param="gateway.api_key"
+        )
     if decode.max_num_batched_tokens < decode.max_num_seqs:
         raise ConfigError(
             f"decode.max_num_batched_tokens {decode.max_num_batched_tokens} is below decode.max_num_seqs "

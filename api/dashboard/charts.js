@@ -39,6 +39,8 @@ function quantiles(kind) {
   return [...["p50", "p95", "p99"].map(name => ({name: `${kind}_${name}`, ...LINES[name]})), {name: "promise", ...LINES.promise}];
 }
 
+const LEAST = 120; // seconds
+
 export class Charts {
   constructor(root) {
     this.range = 900;
@@ -54,7 +56,7 @@ export class Charts {
     if (!series) return;
     this.series = series;
     this.promise = promise;
-    const t = series.t, end = t.length ? t[t.length - 1] : Date.now() / 1000, start = end - this.range;
+    const t = series.t, end = t.length ? t[t.length - 1] : Date.now() / 1000, start = Math.max(end - this.range, Math.min(t.length ? t[0] : end, end - LEAST)); // a young server has a short past
     let from = 0;
     while (from < t.length && t[from] < start) from++;
     for (const figure of this.figures) figure.draw(series, from, start, end, promise || {});

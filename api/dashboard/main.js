@@ -20,6 +20,7 @@ let isWaiting = false;
 
 follow(store, {
   snapshot() {
+    requests.now = store.snapshot.now;
     if (!requests.isLive) requests.start();
     if (isWaiting) return;
     isWaiting = true;

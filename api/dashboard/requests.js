@@ -15,6 +15,7 @@ export class Requests {
     this.opened = null;
     this.list = $("request-list");
     this.isVisible = true;
+    this.now = 0; // by the server's clock
     $("phases").append(...PHASES.map(([phase, label, what]) => make("span", {title: what}, make("i", {class: `key ph ${phase}`}), label)));
     for (const [state, label] of Object.entries(STATES)) $("by-state").append(make("option", {value: state}, label.slice(2)));
     for (const id of ["by-tenant", "by-state"]) $(id).addEventListener("change", () => this.refresh());
@@ -69,7 +70,7 @@ export class Requests {
   draw() {
     const wanted = $("by-id").value.trim().toLowerCase();
     const rows = wanted ? this.rows.filter(row => row.id.toLowerCase().includes(wanted) || (row.client_id || "").toLowerCase().includes(wanted)) : this.rows;
-    const longest = Math.max(1, ...rows.map(row => row.e2e_ms || 0));
+    const longest = Math.max(1, ...rows.map(row => OVER.has(row.state) ? row.e2e_ms || 0 : 1000 * (this.now - row.received)));
     const scale = longest * 1.02, ids = new Set(rows.map(row => row.id));
     for (const [id, node] of this.nodes) if (!ids.has(id)) { node.remove(); this.nodes.delete(id); }
     let before = this.list.firstElementChild;
@@ -79,7 +80,8 @@ export class Requests {
         node = make("button", {type: "button", class: "request", "data-id": row.id, onclick: () => this.open(row.id)});
         this.nodes.set(row.id, node);
       }
-      redraw(node, [row, scale], () => cells(row, scale));
+      const running = OVER.has(row.state) ? null : Math.max(0, 1000 * (this.now - row.received));
+      redraw(node, [row, scale, running], () => cells(row, scale, running));
       node.setAttribute("aria-current", String(row.id === this.opened));
       if (node === before) before = before.nextElementSibling;
       else this.list.insertBefore(node, before);
@@ -128,13 +130,13 @@ export class Requests {
   }
 }
 
-function cells(row, scale) {
+function cells(row, scale, now) {
   const bad = row.state === "failed" || row.state === "refused";
   return [
     make("span", {class: "when"}, clock(row.received)),
     make("span", {class: "id"}, row.client_id || row.id, make("small", {}, row.tenant === "default" ? row.class : `${row.tenant} · ${row.class}`)),
     make("span", {class: bad ? "st bad" : "st"}, STATES[row.state] || row.state, row.resumptions ? make("small", {class: "good"}, `↻ resumed${row.resumptions > 1 ? ` ×${row.resumptions}` : ""}`) : null),
-    bad && !row.e2e_ms ? make("span", {class: "strip why"}, refusal(row.failure || "")) : strip(row, scale),
+    bad && !row.e2e_ms ? make("span", {class: "strip why"}, refusal(row.failure || "")) : strip(row, scale, now),
     make("span", {class: "num"}, ms(row.ttft_ms), make("small", {}, "TTFT")),
     make("span", {class: "num"}, ms(row.tpot_ms), make("small", {}, "TPOT")),
     make("span", {class: "num"}, `${count(row.prompt_tokens)} + ${count(row.output_tokens)}`, make("small", {}, "tokens")),
@@ -174,7 +176,7 @@ export function explain(why) {
 }
 
 function grid(rows, why) {
-  const names = [...new Set(rows.flatMap(row => Object.keys(row)))];
+  const names = [...new Set(rows.flatMap(row => Object.keys(row)))].filter(name => name !== "chosen");
   const chosen = new Set([why.chosen, why.prefill, why.decode, why.prefill_worker, why.decode_worker].filter(Boolean));
   return make("div", {class: "scroll", tabindex: "0"}, make("table", {}, make("thead", {}, make("tr", {}, names.map(name => make("th", {}, unit(name))))),
     make("tbody", {}, rows.map(row => make("tr", {class: row.chosen === true || chosen.has(row.name) || chosen.has(row.worker) ? "chosen" : null},

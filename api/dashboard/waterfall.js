@@ -57,9 +57,11 @@ export function fromRow(row) {
   return {segments, ticks: [], breaks: [], end: Math.max(at, row.e2e_ms || 0)};
 }
 
-/** One line, all segments in a row, scaled to `scale` ms. */
-export function strip(row, scale) {
-  const fall = fromRow(row), width = Math.max(scale, fall.end, 1e-3);
+/** One line, all segments in a row, scaled to `scale` ms. running: ms since it came, for one that has not ended. */
+export function strip(row, scale, running = null) {
+  const fall = fromRow(row);
+  if (running !== null && !fall.segments.length) fall.segments.push({phase: row.state === "decode" ? "decode going" : "wait", label: "so far", from: 0, to: running});
+  const width = Math.max(scale, fall.end, 1e-3);
   const told = fall.segments.map(segment => `${segment.label} ${ms(segment.to - segment.from)}`).join(", ");
   return make("span", {class: "strip", role: "img", "aria-label": told || "no phase yet", title: told},
     fall.segments.map(segment => make("i", {class: `ph ${segment.phase}`, style: place(segment, width)})));

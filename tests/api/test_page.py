@@ -110,3 +110,23 @@ def test_scripts_parse(name: str) -> None:
         ["node", "--input-type=module", "--check"], stdin=(page.FOLDER / name).open(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+async def test_where_tenants_have_keys_the_figures_of_all_want_the_operators(byte_level: Tokenizer) -> None:
+    backend = FakeBackend(byte_level)
+    keys = {hash_api_key("sk-all"): "default", hash_api_key("sk-1"): "acme"}
+    app = build_app(backend, backend.tokenizer, Settings(api_keys=keys, operators=("default",)))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://tandem", verify=False) as client:
+        for path in (
+            "/dashboard/data",
+            "/dashboard/live",
+            "/dashboard/requests",
+            "/dashboard/requests/x",
+            "/admin/sla",
+            "/admin/sla.csv",
+        ):
+            answer = await client.get(path, headers={"authorization": "Bearer sk-1"})
+            assert answer.status_code == 403, path
+            assert answer.json()["error"]["type"] == "permission_error"
+        assert (await client.get("/dashboard/data", headers={"authorization": "Bearer sk-all"})).status_code == 200
+        assert (await client.get("/v1/models", headers={"authorization": "Bearer sk-1"})).status_code == 200
