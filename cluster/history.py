@@ -113,7 +113,7 @@ class History:
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
         self._workers: dict[str, tuple[str, str]] = {}  # incarnation -> name, state, as last told of
         self._beats: dict[str, deque[tuple[float, WorkerStats]]] = {}
-        self._is_successor = False
+        self._knew_another: set[str] = set()  # incarnations that were registered with a scheduler before this one
 
     # ---- what happens ------------------------------------------------------------------------------------------------
 
@@ -183,7 +183,7 @@ class History:
         row.marks = msgspec.msgpack.encode(trace.marks) if trace.marks else b""
         row.seen.clear()
         row.outcome = msgspec.structs.replace(outcome, trace=msgspec.structs.replace(trace, marks=()))
-        if row.why is not None and trace.placed_ttft_s > 0:
+        if row.why is not None and trace.placed_ttft_s > 0 and not row.resumptions:  # else it was predicted for another attempt
             row.why["actual_ttft_ms"] = _ms(trace.placed_ttft_s)
         self.sla.outcome(outcome, now)
         if row.state != "cancelled":
@@ -209,9 +209,11 @@ class History:
 
     def unknown_beat(self, incarnation: str) -> None:
         """A worker speaks to us as if we knew it: it was registered with a scheduler before this one."""
-        if not self._is_successor and incarnation not in self._scheduler.dead:
-            self._is_successor = True
+        if incarnation in self._scheduler.dead or len(self._knew_another) >= MAX_REQUESTS:
+            return
+        if not self._knew_another:
             self.event("scheduler_restarted", "the scheduler was restarted; its history and its curves begin here")
+        self._knew_another.add(incarnation)
 
     def tick(self, now: float) -> None:
         """Often: notices workers that came, went or drain, and closes the slot of the curves that is over."""
@@ -335,7 +337,7 @@ class History:
         for incarnation, (name, state) in alive.items():
             before = self._workers.get(incarnation)
             if before is None:
-                again = "registered again" if self._is_successor else "is serving"
+                again = "registered again" if incarnation in self._knew_another else "is serving"
                 self.event("worker_up", f"{name} {again}", worker=name)
             elif state == "draining" and before[1] != state:
                 self.event("worker_draining", f"{name} drains: it takes no new requests", worker=name)

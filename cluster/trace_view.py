@@ -49,7 +49,7 @@ def lines(found: dict[str, Any], paint: Paint) -> list[str]:
     workers = [worker for worker in (row.get("prefill_worker"), row.get("decode_worker")) if worker]
     if workers:
         path = " → ".join(dict.fromkeys(workers))
-        resumed = f", resumed {row['resumptions']} times" if row.get("resumptions") else ""
+        resumed = f", resumed {row['resumptions']}x" if row.get("resumptions") else ""
         out.append(f"  workers       {path}{resumed}")
     if row.get("prompt_tokens"):
         out.append(f"  tokens        {row['prompt_tokens']} in ({row['cached_tokens']} cached), {row['output_tokens']} out")

@@ -215,7 +215,12 @@ def test_a_successor_says_that_it_begins_anew() -> None:
         with pytest.raises(NotFound):
             staged.beat("decode:0")
     staged.register("decode:0")
-    assert [e["kind"] for e in staged.events()] == ["scheduler_restarted", "worker_up"]
+    staged.register("decode:1")
+    assert [(e["kind"], e["text"].split(" ", 1)[1]) for e in staged.events()] == [
+        ("scheduler_restarted", "scheduler was restarted; its history and its curves begin here"),
+        ("worker_up", "registered again"),
+        ("worker_up", "is serving"),
+    ]
     fresh = Staged("decode:0")
     fresh.service.scheduler.worker_lost("decode-0-abc", fresh.now)
     with pytest.raises(NotFound):
