@@ -284,6 +284,16 @@ def _title(name: str) -> None:
 # ---- the gateway -----------------------------------------------------------------------------------------------------
 
 
+def _observers(config: Config) -> list[Any]:
+    if not config.gateway.ray_metrics:
+        return []
+    from ray.util import metrics
+
+    from cluster.ray_metrics import RayMetrics
+
+    return [RayMetrics(config.model.served_name or config.model.name, metrics)]
+
+
 @serve.ingress()
 class GatewayReplica:
     """The HTTP door: FastAPI routes of api/ in front of `cluster.gateway.Gateway`. No torch in this process."""
@@ -299,7 +309,7 @@ class GatewayReplica:
         network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)
         find = SchedulerFinder(config_json, secret, network)
         try:
-            self._door = Door(config, network, find, gateway_id, secret)
+            self._door = Door(config, network, find, gateway_id, secret, _observers(config))
             await self._door.start()
         except Exception as error:
             await _tell_failure(network, find, f"gateway:{index}", "gateway", "", error)

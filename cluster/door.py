@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -31,7 +31,7 @@ from models.locate import locate
 from protocol.errors import NotFound, TandemError
 from protocol.events import Event
 from protocol.lifecycle import Phase
-from protocol.messages import AskHistory, AskMetrics, AskStatus, Metrics, Status
+from protocol.messages import AskHistory, AskMetrics, AskStatus, Metrics, Outcome, Status
 from protocol.network import Network
 from protocol.request import Request
 
@@ -63,6 +63,7 @@ class Door:
         find_scheduler: Callable[[], Awaitable[str]],
         gateway_id: str,
         secret: bytes,
+        observers: Sequence[Callable[[Request, Outcome], None]] = (),
     ) -> None:
         folder = locate(config.model.name, config.model.revision)
         model = read_config(folder)
@@ -91,7 +92,7 @@ class Door:
             limits_of(config),
             config.model.seed,
             config.gateway.timelines,
-            (self._spans,) if self._spans is not None else (),
+            [*observers, *([self._spans] if self._spans is not None else [])],
         )
         keys = tenants_of(config.gateway)
         if config.gateway.api_key:

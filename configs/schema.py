@@ -93,6 +93,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     token_timeout_s: Annotated[Seconds, says("silence between two tokens, then another attempt")] = 60.0
     recovery_timeout_s: Annotated[Seconds, says("how long to look for a scheduler that comes back")] = 30.0
     timelines: Annotated[bool, says("keep the marks of every request, for `tandem trace` and the dashboard")] = True
+    ray_metrics: Annotated[bool, says("tell of requests through ray.util.metrics too, as Ray's Serve LLM dashboard reads them")] = (
+        False
+    )
     otlp_endpoint: Annotated[
         str | None, says("where spans go, OTLP over HTTP; none: as OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere")
     ] = None
