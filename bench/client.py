@@ -38,6 +38,7 @@ class Sample:
     gaps: list[float] = field(default_factory=list)
     request_id: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
+    token_ids: list[int] = field(default_factory=list)  # filled when the body asks for return_token_ids
 
     @property
     def ttft(self) -> float | None:
@@ -131,6 +132,7 @@ class Client:
                     sample.reason = str(event["error"].get("code") or event["error"].get("message"))[:200]
                     return
                 for choice in event.get("choices", ())[:1]:
+                    sample.token_ids += choice.get("token_ids") or ()
                     if sample.first is None and (_has_text(choice) or choice.get("finish_reason")):
                         sample.first = last = now
                     elif _has_text(choice):

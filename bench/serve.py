@@ -142,7 +142,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plain(sample: Sample) -> dict[str, Any]:
-    return {**vars(sample), "ttft": sample.ttft, "tpot": sample.tpot}
+    told = {name: value for name, value in vars(sample).items() if name != "token_ids"}
+    return {**told, "ttft": sample.ttft, "tpot": sample.tpot}
 
 
 def _plans(args: argparse.Namespace, tenants: list[str]) -> Sequence[tuple[str, float, int, list[Arrival]]]:

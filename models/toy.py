@@ -59,6 +59,16 @@ def toy_next_token(token_ids: Sequence[int]) -> int:
     return _token(xxhash.xxh3_64_intdigest(_kv_bytes(_chain(ROOT, token_ids)).tobytes()))
 
 
+def toy_continuation(token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    """What greedy decoding says next, so many tokens of it: `toy_next_token` again and again, without beginning anew each time."""
+    links = _chain(ROOT, token_ids)
+    out: list[int] = []
+    for _ in range(num_tokens):
+        out.append(_token(xxhash.xxh3_64_intdigest(_kv_bytes(links).tobytes())))
+        links = np.append(links, _chain(int(links[-1]) if len(links) else ROOT, out[-1:]))
+    return out
+
+
 class ToyModel:
     """models.interface.Model on the CPU. Its KV pool is uint8; hidden states are int64 [num_tokens, 1], hashes."""
 

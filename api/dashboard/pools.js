@@ -140,7 +140,7 @@ export function drawEvents(node, events, open) {
   redraw(node, events, () => events.length ? [...events].reverse().map(event => {
     const [sign, look] = KINDS[event.kind] || ["·", "note"];
     const words = [event.text, event.count > 1 ? make("span", {class: "times"}, ` ×${count(event.count)}`) : null];
-    return make("li", {class: look, "data-kind": event.kind, title: event.kind.replaceAll("_", " ")},
+    return make("li", {class: look, "data-kind": event.kind, title: event.text},
       make("span", {class: "sign", "aria-hidden": "true"}, sign), make("time", {}, clock(event.t)),
       event.request_id ? make("p", {}, make("button", {type: "button", class: "link", onclick: () => open(event.request_id)}, words)) : make("p", {}, words));
   }) : make("li", {class: "note"}, make("p", {class: "dim"}, "Nothing has happened: no worker came or went, nothing was refused.")));
