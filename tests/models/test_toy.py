@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from engine.batch import Chunk
 from models.load import LoadedModel, load_model
 from models.locate import locate
-from models.toy import SAYABLE, VOCAB_SIZE, toy_next_token
+from models.toy import SAYABLE, VOCAB_SIZE, toy_continuation, toy_next_token
 from tests.offline import Offline, random_chunks
 
 
@@ -100,3 +100,11 @@ def test_its_tokenizer_knows_every_token_and_any_text() -> None:
     text = "Grüße, the cat 42 \U0001f600\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert tokenizer.decode([int(token) for token in SAYABLE]).isprintable()
+
+
+def test_a_continuation_is_one_token_after_another() -> None:
+    for prompt in ([], [7], [300, 20, 41]):
+        tokens = list(prompt)
+        for _ in range(9):
+            tokens.append(toy_next_token(tokens))
+        assert toy_continuation(prompt, 9) == tokens[len(prompt) :]
