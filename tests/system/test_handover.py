@@ -135,7 +135,7 @@ async def test_a_handshake_whose_answer_is_lost_is_made_again(monkeypatch, lost)
         task = asyncio.create_task(events.__anext__())
         await until(lambda: decode.pool.num_quarantined > 0 or prefill.handover.links.num_owed > 0)
         await abandon(task, events)
-        await until(lambda: prefill.handover.links.num_owed == 0 and len(prefill._links) == 1)
+        await until(lambda: prefill.handover.links.num_owed == 0 and len(prefill.handover.links) == 1)
         await until(lambda: decode.pool.num_quarantined == 0 and decode.pool.num_used == 0)
 
 
