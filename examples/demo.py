@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bench.client import Client, Sample
 from bench.load import Lengths, gaps
-from models.toy import toy_continuation
+from models.toy import toy_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 VICTIM = "decode:1"
@@ -253,7 +253,7 @@ def _summary(asked: list[Asked], killed: dict[str, float], port: int, operator: 
     delivered = [item for item in asked if item.sample.outcome == "ok"]
     wrong = 0
     for item in tqdm(delivered, desc="comparing every token", delay=2, disable=None, leave=False, colour=_colour()):
-        wrong += item.sample.token_ids != toy_continuation(item.prompt, item.max_tokens)
+        wrong += item.sample.token_ids != toy_answer(item.prompt, item.max_tokens)
     outcomes = Counter(item.sample.outcome for item in asked)
     refused = Counter(item.sample.tenant for item in asked if item.sample.outcome == "refused")
     reasons = Counter(item.sample.reason for item in asked if item.sample.outcome != "ok")

@@ -60,24 +60,24 @@ def _token(summary: int) -> int:
 
 def toy_next_token(token_ids: Sequence[int]) -> int:
     """What greedy decoding says after these tokens. Pure: no pool, no batch, no ranks."""
-    return _next(_chain(ROOT, [int(token) for token in token_ids]))
+    return _said(np.array(_chain(ROOT, [int(token) for token in token_ids]), dtype=np.uint64))
 
 
-def _next(chain: list[int]) -> int:
-    links = np.array(chain, dtype=np.uint64)
-    lanes = (links * _CELL_FACTORS[:, None]).astype("<u8")  # [NUM_LANES, len(token_ids)]
+def toy_answer(token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    """toy_next_token again and again: the whole greedy answer, without chaining the beginning anew for each token."""
+    links = np.empty(len(token_ids) + num_tokens, dtype=np.uint64)
+    links[: len(token_ids)] = _chain(ROOT, [int(token) for token in token_ids])
+    answer: list[int] = []
+    for place in range(len(token_ids), len(links)):
+        answer.append(_said(links[:place]))
+        links[place] = _chain(int(links[place - 1]) if place else ROOT, answer[-1:])[0]
+    return answer
+
+
+def _said(links: np.ndarray) -> int:
+    lanes = (links * _CELL_FACTORS[:, None]).astype("<u8")  # [NUM_LANES, number of tokens]
     hashes = np.array([xxhash.xxh3_64_intdigest(lane) for lane in lanes], dtype=np.uint64)
     return _token(int((hashes * _LANE_FACTORS).sum(dtype=np.uint64)))
-
-
-def toy_continuation(token_ids: Sequence[int], num_tokens: int) -> list[int]:
-    """What greedy decoding says next, so many tokens of it: `toy_next_token` again and again, without beginning anew each time."""
-    links = _chain(ROOT, [int(token) for token in token_ids])
-    out: list[int] = []
-    for _ in range(num_tokens):
-        out.append(_next(links))
-        links += _chain(links[-1] if links else ROOT, out[-1:])
-    return out
 
 
 class ToyModel:

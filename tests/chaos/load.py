@@ -9,34 +9,14 @@ import asyncio
 import collections
 import random
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import xxhash
-
 from cluster.gateway import Gateway
-from models.toy import _ODD, NUM_CELLS, ROOT, _token
+from models.toy import toy_answer
 from protocol.events import Event, Failed, Finished, Tokens
 from protocol.request import Request, SamplingParams
 
 MAX_NAMED = 20  # of each kind of violation, in full
-
-
-def oracle(prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """models.toy.toy_next_token, num_tokens times, without hashing the beginning again for each."""
-    room = len(prompt) + num_tokens
-    cells = np.empty((NUM_CELLS, room), dtype=np.uint64)
-    parent, tokens = ROOT, []
-    given = iter(prompt)
-    for place in range(room):
-        token = next(given, None)
-        if token is None:
-            token = _token(xxhash.xxh3_64_intdigest(np.ascontiguousarray(cells[:, :place]).tobytes()))
-            tokens.append(token)
-        parent = xxhash.xxh3_64_intdigest(parent.to_bytes(8, "little") + int(token).to_bytes(4, "little"))
-        cells[:, place] = np.uint64(parent) * _ODD
-    return tokens
 
 
 class Stream:
@@ -85,7 +65,7 @@ class Stream:
         """ "" when all is well, else "wrong", "lost" or "failed"; the words are in `faults`."""
         if self._verdict is not None:
             return self._verdict
-        wanted = oracle(self.request.prompt_token_ids, max((len(t) for t in self.tokens), default=0))
+        wanted = toy_answer(self.request.prompt_token_ids, max((len(t) for t in self.tokens), default=0))
         for choice, tokens in enumerate(self.tokens):
             if tokens != wanted[: len(tokens)]:
                 place = next(i for i, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from engine.batch import Chunk
 from models.load import LoadedModel, load_model
 from models.locate import locate
-from models.toy import SAYABLE, VOCAB_SIZE, toy_continuation, toy_next_token
+from models.toy import SAYABLE, VOCAB_SIZE, toy_answer, toy_next_token
 from tests.offline import Offline, random_chunks
 
 
@@ -102,9 +102,9 @@ def test_its_tokenizer_knows_every_token_and_any_text() -> None:
     assert tokenizer.decode([int(token) for token in SAYABLE]).isprintable()
 
 
-def test_a_continuation_is_one_token_after_another() -> None:
-    for prompt in ([], [7], [300, 20, 41]):
-        tokens = list(prompt)
-        for _ in range(9):
-            tokens.append(toy_next_token(tokens))
-        assert toy_continuation(prompt, 9) == tokens[len(prompt) :]
+def test_a_whole_answer_is_one_token_after_the_other():
+    rng = random.Random(3)
+    for length in (1, 7, 40):
+        token_ids = [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+        answer = toy_answer(token_ids, 20)
+        assert answer == [toy_next_token([*token_ids, *answer[:i]]) for i in range(20)]
