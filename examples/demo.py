@@ -72,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=180.0, help="length of the show (default: %(default)s)")
     parser.add_argument("--port", type=int, default=0, help="default: one that is free")
     parser.add_argument("--rate", type=float, default=1.0, help="all tenants, so many times as busy")
+    parser.add_argument(
+        "--linger", type=float, default=0.0, metavar="S", help="afterwards the cluster stays so long, to be looked at"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the summary here, too")
     args = parser.parse_args(argv)
@@ -87,6 +90,9 @@ def main(argv: list[str] | None = None) -> int:
                 say(f"{tenant.name:<11} {tenant.says}")
             asked, killed = asyncio.run(_show(args, port, operator, keys))
             summary = _summary(asked, killed, port, operator)
+            if args.linger:
+                say(f"lingering   the cluster stays for {args.linger:g} s; Ctrl-C ends it")
+                time.sleep(args.linger)
         except KeyboardInterrupt:
             say("stopped     by hand")
             return 130
@@ -251,9 +257,13 @@ def _summary(asked: list[Asked], killed: dict[str, float], port: int, operator: 
     """Counts, every answer compared, and the report as the server gives it."""
     report = _get(port, "/admin/sla?format=md&window=600", operator)
     delivered = [item for item in asked if item.sample.outcome == "ok"]
-    wrong = 0
+    wrong: list[str] = []
     for item in tqdm(delivered, desc="comparing every token", delay=2, disable=None, leave=False, colour=_colour()):
-        wrong += item.sample.token_ids != toy_answer(item.prompt, item.max_tokens)
+        got, right = item.sample.token_ids, toy_answer(item.prompt, item.max_tokens)
+        if got != right:
+            at = next((i for i, pair in enumerate(zip(got, right, strict=False)) if pair[0] != pair[1]), min(len(got), len(right)))
+            resumptions = item.sample.metrics.get("resumptions")
+            wrong.append(f"{item.sample.request_id}: {len(got)} tokens of {len(right)}, differs at {at}, {resumptions} resumptions")
     outcomes = Counter(item.sample.outcome for item in asked)
     refused = Counter(item.sample.tenant for item in asked if item.sample.outcome == "refused")
     reasons = Counter(item.sample.reason for item in asked if item.sample.outcome != "ok")
@@ -263,13 +273,16 @@ def _summary(asked: list[Asked], killed: dict[str, float], port: int, operator: 
     print(f"  streams resumed     {resumed}" + (f"; {VICTIM} back after {killed['back_s']:.1f} s" if "back_s" in killed else ""))
     print(f"  refused in time     {outcomes['refused']}" + "".join(f", {name} {n}" for name, n in refused.most_common()))
     print(f"  cut                 {outcomes['failed']}")
-    print(f"  wrong               {wrong} (every token of every delivered stream was compared)\n")
+    print(f"  wrong               {len(wrong)} (every token of every delivered stream was compared)\n")
+    cut = [f"{item.sample.request_id}: {item.sample.reason}" for item in asked if item.sample.outcome == "failed"]
+    for line in (wrong + cut)[:10]:
+        print(f"  {line}")
     for reason, number in reasons.most_common(5):
         print(f"  {number} x {reason}")
     print(f"\n{report}")
     return {
         "asked": len(asked), "delivered": len(delivered), "resumed": resumed, "refused": dict(refused), "cut": outcomes["failed"],
-        "wrong": wrong, "tokens": tokens, "back_s": killed.get("back_s"), "report": report,
+        "wrong": len(wrong), "tokens": tokens, "back_s": killed.get("back_s"), "report": report,
     }  # fmt: skip
 
 

@@ -22,10 +22,11 @@ from tqdm import tqdm
 from tests.browser.browser import FLAGS, LOOKS, chromium_path
 
 EVERY_S = 2.5
+LINGER_S = 75
 SHOWN_MS = 350
 VIEW = {"width": 1240, "height": 1490}
 GIF_WIDTH = 820
-COLOURS = 72
+COLOURS = 128
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seconds", type=float, default=120.0)
     args = parser.parse_args()
-    command = [sys.executable, "-m", "examples.demo", "--seconds", str(args.seconds)]
+    command = [sys.executable, "-m", "examples.demo", "--seconds", str(args.seconds), "--linger", str(LINGER_S)]
     demo = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1)
     assert demo.stdout is not None
     url = ""
@@ -66,20 +67,16 @@ def _open(browser: Any, url: str, look: dict[str, Any]) -> Any:
 
 
 def _watch(browser: Any, url: str, folder: Path, seconds: float) -> list[bytes]:
-    """A frame every EVERY_S; the still pictures are taken when the worker was lost: then there is most to see."""
+    """A frame every EVERY_S; the still pictures come last, when all of it can be seen in the curves."""
     page = _open(browser, url, {"viewport": VIEW, "color_scheme": "light"})
     frames: list[bytes] = []
-    started, has_stills = time.monotonic(), False
+    started = time.monotonic()
     with tqdm(total=round(seconds), desc="recording", unit="s", disable=None, leave=False) as bar:
         while (now := time.monotonic() - started) < seconds - 1:
             frames.append(page.screenshot(type="jpeg", quality=92))
-            if not has_stills and page.locator("#event-list [data-kind=worker_lost]").count():
-                _stills(browser, url, folder)
-                has_stills = True
             bar.update(round(now) - bar.n)
             page.wait_for_timeout(max(0.0, 1000 * (EVERY_S * len(frames) - (time.monotonic() - started))))
-    if not has_stills:
-        _stills(browser, url, folder)
+    _stills(browser, url, folder)
     return frames
 
 
@@ -100,11 +97,16 @@ def _stills(browser: Any, url: str, folder: Path) -> None:
         if name == "phone":
             page.screenshot(path=folder / "dashboard-phone.png")
         else:
-            shot = page.locator("#main").screenshot()
-            Image.open(io.BytesIO(shot)).quantize(128, dither=Image.Dither.NONE).save(
-                folder / f"dashboard-{name}.png", optimize=True
-            )
+            page.set_viewport_size({"width": look["viewport"]["width"], "height": VIEW["height"]})
+            page.wait_for_timeout(1200)
+            _save(page.screenshot(), folder / f"dashboard-{name}.png")
+            _save(page.locator("#requests").screenshot(), folder / f"dashboard-{name}-request.png")
         page.context.close()
+
+
+def _save(png: bytes, path: Path) -> None:
+    """A quarter of the size, and no difference to be seen."""
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(200, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def _write_gif(frames: list[bytes], path: Path) -> None:
@@ -112,7 +114,8 @@ def _write_gif(frames: list[bytes], path: Path) -> None:
     images = [
         Image.open(io.BytesIO(frame)).convert("RGB").resize((GIF_WIDTH, height), Image.Resampling.LANCZOS) for frame in frames
     ]
-    palette = images[len(images) // 2].quantize(COLOURS, dither=Image.Dither.NONE)
+    # One palette for all frames. An octree keeps the few strongly coloured pixels that a median cut would average away.
+    palette = images[2 * len(images) // 3].quantize(COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     small = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     small[0].save(path, save_all=True, append_images=small[1:], duration=SHOWN_MS, loop=0, optimize=True)
     print(f"{path}: {len(small)} frames, {path.stat().st_size / 1e6:.1f} MB")

@@ -45,7 +45,7 @@ function draw() {
   text($("sla-window"), snapshot.sla ? `over the last ${duration(snapshot.sla.window_s)}` : "");
   pools.draw(snapshot.pools || {});
   text($("pools-sum"), summaryOf(snapshot.pools || {}));
-  drawEvents($("event-list"), events, id => { location.hash = "requests"; requests.open(id); });
+  drawEvents($("event-list"), events, id => requests.open(id));
   text($("events-sum"), events.length ? `${events.length} kept` : "");
   requests.tenants([...new Set(rows.map(row => row.tenant))].sort());
   playground.models(snapshot.models || []);

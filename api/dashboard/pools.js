@@ -139,12 +139,12 @@ const KINDS = { // sign and how it looks; the sign alone tells them apart
 };
 
 export function drawEvents(node, events, open) {
-  redraw(node, events, () => events.length ? [...events].reverse().map(event => {
+  redraw(node, events, () => events.length ? [...events].sort((a, b) => b.t - a.t).map(event => {
     const [sign, look] = KINDS[event.kind] || ["·", "note"];
     const words = [event.text, event.count > 1 ? make("span", {class: "times"}, ` ×${count(event.count)}`) : null];
     return make("li", {class: look, "data-kind": event.kind, title: event.text},
       make("span", {class: "sign", "aria-hidden": "true"}, sign), make("time", {}, clock(event.t)),
-      event.request_id ? make("p", {}, make("button", {type: "button", class: "link", onclick: () => open(event.request_id)}, words)) : make("p", {}, words));
+      event.request_id ? make("p", {}, make("a", {class: "link", href: "#requests", onclick: () => open(event.request_id)}, words)) : make("p", {}, words));
   }) : make("li", {class: "note"}, make("p", {class: "dim"}, "Nothing has happened: no worker came or went, nothing was refused.")));
 }
 
