@@ -56,12 +56,13 @@ class Life:
         self.started_at = time.monotonic()
         self.ended_at = 0.0
         self.is_stopped = False
+        self.is_killed = False  # by us; that it has ended is heard a little later
         self._writer: asyncio.StreamWriter | None = None
         self._calls: dict[int, asyncio.Future[Any]] = {}
 
     @property
     def is_up(self) -> bool:
-        return self.ready.is_set() and not self.ended.is_set() and not self.is_stopped
+        return self.ready.is_set() and not self.ended.is_set() and not self.is_stopped and not self.is_killed
 
     @property
     def incarnation(self) -> str:
@@ -73,6 +74,7 @@ class Life:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
+        self.is_killed = self.is_killed or number == signal.SIGKILL
         self.is_stopped = number == signal.SIGSTOP
 
     async def call(self, do: str, timeout: float = CALL_S, **args: Any) -> Any:

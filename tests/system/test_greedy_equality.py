@@ -16,6 +16,7 @@ import pytest
 
 from cluster.local import LocalCluster
 from configs.load import load
+from decode.worker import DecodeWorker
 from models.load import load_model
 from models.locate import locate
 from protocol.request import Request, SamplingParams
@@ -99,7 +100,7 @@ async def generate(sets, transports, loaded, prompts) -> list[list[int]]:
         }
         results = dict(zip(order, await asyncio.gather(*(events_of(made, wanted[i]) for i in order)), strict=True))
         if "prefill.replicas" in sets and sets["prefill.replicas"]:
-            transfers = sum(worker.stats().transfers for worker in made.workers if hasattr(worker, "handover"))
+            transfers = sum(worker.stats().transfers for worker in made.workers if isinstance(worker, DecodeWorker))
             assert transfers == len(prompts)
         await made.settle()
     finally:
