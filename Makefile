@@ -14,13 +14,16 @@ export TORCH TORCH_INDEX PYTHON
 BIN := .venv/bin
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help serve test setup lint types format test-more chaos soak bench clean clean-venv
+.PHONY: help serve test demo setup lint types format test-more chaos soak bench clean clean-venv
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 serve: ## set up what is missing, then serve the bundled model (ARGS="MODEL --port 8123 ...")
 	@.ci/setup serve && exec $(BIN)/tandem serve $(ARGS)
+
+demo: ## three tenants, a flood, a killed worker, for three minutes (ARGS="--seconds 60 --port 8123"); ends by itself
+	@.ci/setup serve && exec $(BIN)/python -m examples.demo $(ARGS)
 
 test: ## set up what is missing, then run the tests (ARGS="tests/engine -k blocks")
 	@.ci/setup test && exec $(BIN)/python -m pytest $(ARGS)

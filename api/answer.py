@@ -109,7 +109,7 @@ def sum_usage(finished: Iterable[Finished], prompt_only: bool) -> Usage:
 
 
 def metrics_of(timing: Timing, usage: Usage, num_choices: int) -> dict[str, Any]:
-    """The phases of one request in milliseconds. decode and generation time run from the first token to the last.
+    """The phases of one request in milliseconds. Generation runs from the first token to the last, the transfer included.
 
     mean_itl_ms: between two tokens of one choice. tokens_per_second: of all choices together, while tokens came.
     """
@@ -119,14 +119,13 @@ def metrics_of(timing: Timing, usage: Usage, num_choices: int) -> dict[str, Any]
     return {
         "time_to_first_token_ms": _ms(timing.ttft_s),
         "queue_time_ms": _ms(timing.queue_s),
-        "prefill_ms": _ms(timing.prefill_s),
-        "transfer_ms": _ms(timing.transfer_s),
-        "decode_ms": _ms(timing.decode_s),
+        "prefill_time_ms": _ms(timing.prefill_s),
+        "transfer_time_ms": _ms(timing.transfer_s),
         "generation_time_ms": _ms(timing.decode_s),
-        "e2e_ms": _ms(timing.e2e_s),
+        "e2e_time_ms": _ms(timing.e2e_s),
         "mean_itl_ms": _ms(timing.decode_s * num_choices / num_gaps) if num_gaps > 0 else None,
         "tokens_per_second": round(counted / spent, 3) if spent > 0 else None,
-        "num_resumptions": usage.num_resumptions,
+        "resumptions": usage.num_resumptions,
     }
 
 

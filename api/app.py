@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.auth import authenticator
 from api.backend import Backend, Settings
 from api.errors import MethodNotAllowed, RouteNotFound, error_response
+from api.observe import add_observation_routes
 from api.operations import add_operation_routes
 from api.routes import CLIENT_GONE, Service, add_openai_routes
 from api.schema import IDENTIFIER
@@ -44,6 +45,7 @@ def build_app(backend: Backend, tokenizer: Tokenizer, settings: Settings | None 
     service = Service(backend, tokenizer, settings)
     app.state.service = service
     add_openai_routes(app, service)
+    add_observation_routes(app, service)
     add_operation_routes(app, service)
     _add_error_handlers(app)
     app.add_middleware(Edge)
@@ -62,6 +64,7 @@ class Edge:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if IDENTIFIER.fullmatch(given) else secrets.token_hex(12)
+        scope.setdefault("state", {})["client_id"] = request_id
         has_started = False
 
         async def send_with_id(message: Message) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from api.backend import Settings
+from api.errors import Forbidden
 from protocol.errors import Unauthorized
 
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
@@ -26,6 +27,12 @@ def open_to_all(endpoint: _Endpoint) -> _Endpoint:
     return endpoint
 
 
+def operators_only(endpoint: _Endpoint) -> _Endpoint:
+    """Marks a route that shows every tenant's affairs: where keys stand for several tenants, it wants an operator's."""
+    endpoint.is_for_operators = True  # type: ignore[attr-defined]
+    return endpoint
+
+
 def authenticator(settings: Settings) -> Callable[[HttpRequest], Any]:
     """A dependency of the whole app. Puts the tenant into `request.state.tenant`; raises Unauthorized."""
 
@@ -33,7 +40,11 @@ def authenticator(settings: Settings) -> Callable[[HttpRequest], Any]:
         if not settings.api_keys or getattr(http.scope.get("endpoint"), "is_open", False):
             http.state.tenant = DEFAULT_TENANT
             return
-        http.state.tenant = tenant_of(http.headers.getlist("authorization"), settings)
+        tenant = tenant_of(http.headers.getlist("authorization"), settings)
+        is_guarded = getattr(http.scope.get("endpoint"), "is_for_operators", False)
+        if is_guarded and settings.operators and tenant not in settings.operators:
+            raise Forbidden("this key is a tenant's; the figures of all tenants want the server's own key (gateway.api_key)")
+        http.state.tenant = tenant
 
     return authenticate
 

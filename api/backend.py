@@ -38,11 +38,13 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How the HTTP side behaves. Durations in seconds.
 
-    api_keys: SHA-256 (hex) of each key -> its tenant; empty: no key is asked for. salt_secret: the cluster's, so that
+    api_keys: SHA-256 (hex) of each key -> its tenant; empty: no key is asked for. operators: the tenants that may see
+    everybody's figures; empty: every key may. salt_secret: the cluster's, so that
     every gateway salts a tenant's prefix blocks alike. promise_*: what the dashboard measures against.
     """
 
     api_keys: dict[str, str] = {}
+    operators: tuple[str, ...] = ()
     salt_secret: bytes = b""
     version: str = "0.1.0"
     max_body_bytes: int = 8 << 20
@@ -91,6 +93,16 @@ class Backend(Protocol):
 
         workers, queue, in_flight, latencies (class -> ttft_s, tpot_s, kept), window_s, counters, totals, starting,
         as `scheduler/status.py` describes them.
+        """
+        ...
+
+    async def history(self, what: str, **query: Any) -> dict[str, Any]:
+        """One document of the last hour, as plain JSON values; may raise TandemError. Times in seconds where no unit is named.
+
+        "snapshot": now (unix), promise, status (as above), sla {window_s, rows (scheduler.sla.Sla.rows)},
+        pools {queue, workers, links}, series {step_s, point, history}, events. "tick": the same without series.history.
+        "requests" (tenant, state, limit): {requests}, newest first. "request" (request_id): {request, timeline, why};
+        raises NotFound. "sla" (window_s): {window_s, rows}.
         """
         ...
 

@@ -24,9 +24,24 @@ class BodyTooSlow(InvalidRequest):
     code: ClassVar[str | None] = "request_timeout"
 
 
+class Forbidden(InvalidRequest):
+    """403: the key is good, and not for this."""
+
+    http_status: ClassVar[int] = 403
+    code: ClassVar[str | None] = "forbidden"
+    error_type: ClassVar[str] = "permission_error"
+
+
 class RouteNotFound(InvalidRequest):
     http_status: ClassVar[int] = 404
     code: ClassVar[str | None] = "unknown_url"
+
+
+class RequestNotFound(InvalidRequest):
+    """No request of that id is remembered."""
+
+    http_status: ClassVar[int] = 404
+    code: ClassVar[str | None] = "request_not_found"
 
 
 class MethodNotAllowed(InvalidRequest):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
@@ -14,12 +12,12 @@ from api.auth import open_to_all
 from api.convert import find_model, render_messages
 from api.errors import error_body, json_response
 from api.intake import read_json
+from api.page import add_page_routes
 from api.routes import Service
 from api.schema import DetokenizeBody, TokenizeBody, validate
-from protocol.errors import InvalidRequest, Overloaded, TandemError
+from protocol.errors import InvalidRequest, Overloaded
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-DASHBOARD = Path(__file__).with_name("dashboard.html")
 ENDPOINTS = {
     "POST /v1/completions": "OpenAI completions",
     "POST /v1/chat/completions": "OpenAI chat completions",
@@ -29,7 +27,8 @@ ENDPOINTS = {
     "GET /tokenizer_info": "special tokens and chat template",
     "GET /health": "200 when a token can be produced (also /ready, /ping)",
     "GET /metrics": "Prometheus, text format 0.0.4",
-    "GET /dashboard": "live TTFT and TPOT, workers, queue, blocks",
+    "GET /dashboard": "promises per tenant, pools, requests, events, a playground",
+    "GET /admin/sla": "promises and what was kept, per tenant: json, csv or md (also /admin/sla.csv)",
     "GET /version": "",
     "GET /load": "",
     "GET /openapi.json": "",
@@ -40,6 +39,7 @@ def add_operation_routes(app: FastAPI, service: Service) -> None:
     _add_tokenizer_routes(app, service)
     _add_health_routes(app, service)
     _add_pages(app, service)
+    add_page_routes(app)
 
 
 def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
@@ -111,8 +111,6 @@ def _add_health_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_pages(app: FastAPI, service: Service) -> None:
-    dashboard_html = DASHBOARD.read_text(encoding="utf-8")
-
     @open_to_all
     async def front(http: HttpRequest) -> Response:
         if "text/html" in http.headers.get("accept", ""):
@@ -120,44 +118,13 @@ def _add_pages(app: FastAPI, service: Service) -> None:
             return HTMLResponse(_FRONT_PAGE.format(rows=rows))
         return json_response({"name": "tandem", "version": service.settings.version, "endpoints": ENDPOINTS})
 
-    @open_to_all
-    async def dashboard() -> Response:
-        """The page alone, without a figure in it; the figures need the key."""
-        return HTMLResponse(dashboard_html, headers={"content-security-policy": _PAGE_POLICY})
-
-    async def dashboard_data() -> Response:
-        return json_response(await _dashboard_data(service), headers={"cache-control": "no-store"})
-
     async def openapi() -> Response:
         return json_response(app.openapi())
 
     app.add_api_route("/", front, methods=["GET"], include_in_schema=False)
-    app.add_api_route("/dashboard", dashboard, methods=["GET"], include_in_schema=False)
-    app.add_api_route("/dashboard/data", dashboard_data, methods=["GET"], include_in_schema=False)
     app.add_api_route("/openapi.json", openapi, methods=["GET"], include_in_schema=False)
 
 
-async def _dashboard_data(service: Service) -> dict[str, Any]:
-    """What dashboard.html polls. A scheduler that does not answer is an empty status with the reason beside it."""
-    settings, backend = service.settings, service.backend
-    error: str | None = None
-    status: dict[str, Any] = {}
-    try:
-        status = await backend.status()
-    except TandemError as failure:
-        error = failure.message
-    return {
-        "version": settings.version,
-        "models": [card.id for card in backend.models()],
-        "ready": backend.is_ready(),
-        "reason": backend.reason(),
-        "promise": {"ttft_s": settings.promise_ttft_s, "tpot_s": settings.promise_tpot_s},
-        "status": status,
-        "error": error,
-    }
-
-
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 _FRONT_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>Tandem</title>
 <style>:root{{color-scheme:light dark}}body{{font:16px/1.5 system-ui;max-width:44rem;margin:3rem auto;padding:0 1rem}}

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
@@ -27,10 +30,12 @@ from api.stream import ChunkEncoder, EventStream
 from api.tokenizer import Tokenizer
 from protocol.errors import Unsupported, from_failure
 from protocol.events import Failed
+from protocol.timeline import Origin
 
 log = logging.getLogger(__name__)
 
 CLIENT_GONE = 499  # nobody reads it
+TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context
 UNBUILT_ROUTES = {
     "/v1/embeddings": "embeddings",
     "/v1/responses": "the Responses API",
@@ -108,6 +113,19 @@ class Service:
         return json_response(answer.body())
 
 
+def with_origin(job: Job, http: HttpRequest, received_at: float) -> Job:
+    """The job, its requests labelled with where they came from. received_at: monotonic, when the body was there."""
+    traceparent = http.headers.get("traceparent", "").strip()
+    origin = Origin(
+        client_id=getattr(http.state, "client_id", ""),
+        traceparent=traceparent if TRACEPARENT.fullmatch(traceparent) else "",
+        intake_s=time.monotonic() - received_at,
+        operation="chat" if job.is_chat else "text_completion",
+    )
+    requests = tuple(msgspec.structs.replace(request, origin=origin) for request in job.requests)
+    return msgspec.structs.replace(job, requests=requests)
+
+
 async def _client_gone(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
@@ -115,16 +133,16 @@ async def _client_gone(http: HttpRequest) -> None:
 
 def add_openai_routes(app: FastAPI, service: Service) -> None:
     async def completions(http: HttpRequest) -> Response:
-        body = validate(CompletionBody, await read_json(http, service.settings))
+        data, received_at = await read_json(http, service.settings), time.monotonic()
         cards = service.backend.models()
-        job = await completion_job(body, http.state.tenant, cards, service.tokenizer, service.settings)
-        return await service.answer(http, job)
+        job = await completion_job(validate(CompletionBody, data), http.state.tenant, cards, service.tokenizer, service.settings)
+        return await service.answer(http, with_origin(job, http, received_at))
 
     async def chat_completions(http: HttpRequest) -> Response:
-        body = validate(ChatBody, await read_json(http, service.settings))
+        data, received_at = await read_json(http, service.settings), time.monotonic()
         cards = service.backend.models()
-        job = await chat_job(body, http.state.tenant, cards, service.tokenizer, service.settings)
-        return await service.answer(http, job)
+        job = await chat_job(validate(ChatBody, data), http.state.tenant, cards, service.tokenizer, service.settings)
+        return await service.answer(http, with_origin(job, http, received_at))
 
     async def models() -> Response:
         return json_response({"object": "list", "data": [_model(card) for card in service.backend.models()]})

@@ -1,4 +1,4 @@
-"""`python -m bench NAME`: one measurement, its figures on stdout and, with --json, in a file."""
+"""`python -m bench NAME` (or `tandem bench NAME`): one measurement, its figures on stdout and, with --json, in a file."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import http, kv, startup
+from bench import http, kv, observing, serve, startup
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="name", required=True)
-    for name, module in (("startup", startup), ("http", http), ("kv", kv)):
+    for name, module in (
+        ("startup", startup),
+        ("http", http),
+        ("kv", kv),
+        ("serve", serve),
+        ("observing", observing),
+    ):
         assert module.__doc__ is not None
-        command = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        command = commands.add_parser(
+            name,
+            help=module.__doc__.splitlines()[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument("--json", type=Path, help="write every sample here")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     result = args.run(args)
     if args.json:
         machine = {"platform": platform.platform(), "python": platform.python_version()}

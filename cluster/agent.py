@@ -15,6 +15,7 @@ from typing import Protocol
 import msgspec
 import psutil
 
+from cluster.gpu import GpuReader
 from protocol.errors import NotFound, TandemError
 from protocol.messages import WorkerBeat, WorkerInfo, WorkerPhase, WorkerStats
 from protocol.network import Network
@@ -59,6 +60,7 @@ class Agent:
         self._heartbeat_s = heartbeat_s
         self._canary = canary
         self._process = psutil.Process()
+        self._gpu = GpuReader(info.device)
         self._tasks: list[asyncio.Task[None]] = []
         self._is_due = asyncio.Event()
 
@@ -113,7 +115,7 @@ class Agent:
             await peer.call(self._message(), CALL_TIMEOUT_S)  # what runs here counts at once, and no draining worker gets work
 
     def _message(self) -> WorkerBeat:
-        stats = msgspec.structs.replace(self.worker.stats(), rss_bytes=self._process.memory_info().rss)
+        stats = msgspec.structs.replace(self.worker.stats(), rss_bytes=self._process.memory_info().rss, gpu=self._gpu.read())
         state = "draining" if self.worker.is_draining else "ready"
         return WorkerBeat(self.info.incarnation, state, stats, self.worker.in_flight())
 

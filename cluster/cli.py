@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import socket
 import sys
 from collections.abc import Sequence
@@ -42,8 +43,11 @@ ROOT = Path(__file__).resolve().parents[1]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Never raises for what a user can get wrong: one sentence on stderr and a status."""
     try:
+        words = sys.argv[1:] if argv is None else list(argv)
+        if words[:1] == ["bench"]:
+            return run_bench(words[1:])
         parser = build_parser()
-        args, unknown = parser.parse_known_args(argv)
+        args, unknown = parser.parse_known_args(words)
         if unknown:
             raise _unknown_option(unknown[0], args.command)
         if args.run is None:
@@ -106,9 +110,25 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("--url", help="where it listens (default: gateway.host and gateway.port)")
     status.add_argument("--json", action="store_true", help="as JSON, all of it")
     _add_options(status)
+    trace = command("trace", run_trace, "What one request went through, as a waterfall.")
+    trace.add_argument("request_id", metavar="REQUEST_ID", help="its X-Request-Id, or the id of /dashboard/requests")
+    trace.add_argument("--json", action="store_true", help="as JSON")
+    _add_place(trace)
+    sla = command("sla", None, "Promises and what was kept.")
+    sla.set_defaults(run=lambda _: _help(sla))
+    of_sla = sla.add_subparsers(metavar="COMMAND", title="commands")
+    report = command("report", run_sla_report, "Per tenant and class, over a window of up to an hour.", of_sla)
+    report.add_argument("--format", choices=("md", "csv", "json"), default="md", help="md, csv or json (default: md)")
+    report.add_argument("--window", type=float, default=300.0, metavar="SECONDS", help="10 to 3600 (default: 300)")
+    _add_place(report)
+    top = command("top", run_top, "The dashboard in this terminal; Ctrl-C ends it.")
+    top.add_argument("--once", action="store_true", help="one picture, then end")
+    top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two pictures (default: 1)")
+    _add_place(top)
     doctor = command("doctor", run_doctor, "What this machine has, lacks, and what to do about it.")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     _add_options(doctor)
+    command("bench", None, "Measure a server: `tandem bench serve --help`.")  # parsed where it is run, see main
     command("version", run_version, "Versions of this and of what it stands on.")
     return parser
 
@@ -130,6 +150,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("options, each another name of one key")
     for flag in FLAGS:
         _add_option(options, flag)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    """Where a running cluster is, for commands that only ask it."""
+    parser.add_argument("--url", help="where it listens (default: gateway.host and gateway.port)")
+    for flag in FLAGS:
+        if flag.key in ("gateway.host", "gateway.port", "gateway.api_key"):
+            _add_option(parser, flag)
+    parser.set_defaults(model=None, preset=None, config=None, sets=[])
 
 
 def _add_option(group: Any, flag: Flag) -> None:
@@ -159,7 +188,7 @@ def _unknown_option(given: str, command: str | None) -> ConfigError:
 
 def resolve(args: argparse.Namespace, env: dict[str, str] | None = None) -> Resolved:
     """The configuration that these arguments and this environment ask for. Raises ConfigError."""
-    flags = {flag.key: getattr(args, flag.dest) for flag in FLAGS if getattr(args, flag.dest) is not None}
+    flags = {flag.key: getattr(args, flag.dest) for flag in FLAGS if getattr(args, flag.dest, None) is not None}
     if args.model is not None:
         flags["model.name"] = args.model
     return load(args.preset, args.config, dict(os.environ) if env is None else env, flags, args.sets)
@@ -206,10 +235,40 @@ def run_status(args: argparse.Namespace) -> int:
     return show(args.url or url_of(config.gateway.host, config.gateway.port), config.gateway.api_key, args.json)
 
 
+def _place(args: argparse.Namespace) -> tuple[str, str | None]:
+    """(url, key) of the cluster that is asked."""
+    gateway = resolve(args).config.gateway
+    return args.url or url_of(gateway.host, gateway.port), gateway.api_key
+
+
+def run_trace(args: argparse.Namespace) -> int:
+    from cluster.trace_view import show
+
+    return show(*_place(args), args.request_id, args.json)
+
+
+def run_sla_report(args: argparse.Namespace) -> int:
+    from cluster.top import report
+
+    return report(*_place(args), args.format, args.window)
+
+
+def run_top(args: argparse.Namespace) -> int:
+    from cluster.top import run
+
+    return run(*_place(args), max(0.2, args.interval), args.once)
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     from cluster.doctor import examine
 
     return examine(resolve(args).config, args.json)
+
+
+def run_bench(words: list[str]) -> int:
+    """`python -m bench`, under another name. bench/ stands beside the product, which must not import it: it is run."""
+    found = runpy.run_module("bench.__main__", run_name="bench.__main__")
+    return int(found["main"](words, "tandem bench"))
 
 
 def run_version(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from protocol.errors import Overloaded, TandemError, Unauthorized, WorkerLost
+from protocol.errors import NotFound, Overloaded, TandemError, Unauthorized, WorkerLost
 
 TIMEOUT_S = 10.0
 
@@ -17,7 +17,7 @@ def show(url: str, api_key: str | None, as_json: bool) -> int:
     """Print what is there. 0 when it is healthy, 1 when it is not; raises TandemError when there is nobody."""
     url = url.rstrip("/").removesuffix("/v1")
     health, reason = _health(url)
-    data = _get(f"{url}/dashboard/data", api_key)
+    data = get_json(f"{url}/dashboard/data", api_key)
     if as_json:
         print(json.dumps({"url": url, "healthy": health, "reason": reason, **data}, indent=2))
     else:
@@ -142,16 +142,28 @@ def _health(url: str) -> tuple[bool, str]:
         raise WorkerLost(f"nobody answers at {url} ({reason}); is it serving? --url names another place") from None
 
 
-def _get(url: str, api_key: str | None) -> dict[str, Any]:
+def get_text(url: str, api_key: str | None) -> str:
+    """What a gateway answers there. Raises TandemError with a sentence for people."""
     request = urllib.request.Request(url, headers={"authorization": f"Bearer {api_key}"} if api_key else {})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-            found = json.load(answer)
+            text: str = answer.read().decode()
+            return text
     except urllib.error.HTTPError as error:
         if error.code == 401:
             raise Unauthorized(f"{url} wants a key: set TANDEM_GATEWAY_API_KEY, or --api-key") from None
+        if error.code == 404:
+            raise NotFound(_reason(error)) from None
         raise Overloaded(f"{url} answered {error.code}: {_reason(error)}") from None
     except (OSError, ValueError) as error:
+        raise WorkerLost(f"nobody answers at {url} ({getattr(error, 'reason', error)}); --url names another place") from None
+
+
+def get_json(url: str, api_key: str | None) -> dict[str, Any]:
+    """The same, where it is a JSON object."""
+    try:
+        found = json.loads(get_text(url, api_key))
+    except ValueError as error:
         raise TandemError(f"{url} did not answer with its status: {error}") from None
     if not isinstance(found, dict):
         raise TandemError(f"{url} did not answer with its status; is it Tandem that listens there?")

@@ -20,6 +20,7 @@ from cluster.life import WorkerLife, tell_failure
 from cluster.ray_process import keep_serve_inside, on_sigterm, set_title
 from cluster.ray_ranks import RaySpawn
 from cluster.wire import SocketNetwork
+from configs.schema import Config
 from protocol.errors import WorkerLost
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class SchedulerActor:
         self._service: Any = None
 
     async def address(self) -> str:
+        from cluster.history import promises_of
         from cluster.metrics import ClusterMetrics
         from cluster.scheduler_service import SchedulerService
         from scheduler.scheduler import Scheduler
@@ -54,7 +56,10 @@ class SchedulerActor:
                 clock = time.monotonic  # uvloop rounds its own clock to milliseconds
                 scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
                 self._service = SchedulerService(
-                    scheduler, network, clock, ClusterMetrics(self._config.model.served_name or self._config.model.name)
+                    scheduler,
+                    network,
+                    clock,
+                    ClusterMetrics(self._config.model.served_name or self._config.model.name, promises_of(self._config.scheduler)),
                 )
                 await self._service.start()
                 self._network = network
@@ -143,6 +148,16 @@ def _replica_index() -> int:
 # ---- the gateway -----------------------------------------------------------------------------------------------------
 
 
+def _observers(config: Config) -> list[Any]:
+    if not config.gateway.ray_metrics:
+        return []
+    from ray.util import metrics
+
+    from cluster.ray_metrics import RayMetrics
+
+    return [RayMetrics(config.model.served_name or config.model.name, metrics)]
+
+
 @serve.ingress()
 class GatewayReplica:
     """The HTTP door: FastAPI routes of api/ in front of `cluster.gateway.Gateway`. No torch in this process."""
@@ -158,7 +173,7 @@ class GatewayReplica:
         network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)
         find = SchedulerFinder(config_json, secret, network)
         try:
-            self._door = Door(config, network, find, gateway_id, secret)
+            self._door = Door(config, network, find, gateway_id, secret, _observers(config))
             await self._door.start()
         except Exception as error:
             await tell_failure(network, find, f"gateway:{index}", "gateway", "", error)

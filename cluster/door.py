@@ -7,25 +7,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import msgspec
 from fastapi import FastAPI
 
 from api.app import build_app
+from api.auth import DEFAULT_TENANT
 from api.backend import ModelCard, Settings, hash_api_key
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
+from cluster import otel
 from cluster.gateway import Gateway, Limits
+from cluster.history import mark_document
 from cluster.preflight import max_model_len
-from configs.schema import Config
+from cluster.walk import Walk
+from configs.schema import Config, tenants_of
 from models.config import read_config
 from models.locate import locate
-from protocol.errors import TandemError
+from protocol.errors import NotFound, TandemError
 from protocol.events import Event
-from protocol.messages import AskMetrics, AskStatus, Metrics, Status
+from protocol.lifecycle import Phase
+from protocol.messages import AskHistory, AskMetrics, AskStatus, Metrics, Outcome, Status
 from protocol.network import Network
 from protocol.request import Request
 
@@ -57,11 +63,14 @@ class Door:
         find_scheduler: Callable[[], Awaitable[str]],
         gateway_id: str,
         secret: bytes,
+        observers: Sequence[Callable[[Request, Outcome], None]] = (),
     ) -> None:
         folder = locate(config.model.name, config.model.revision)
         model = read_config(folder)
         self._tokenizer = Tokenizer(folder, config.model.chat_template)
         self._config = config
+        endpoint = config.gateway.otlp_endpoint
+        self._spans = otel.open_spans(endpoint) if otel.is_wanted(endpoint, os.environ) else None
         self._status: dict[str, Any] = {}
         self._reason = "starting: no worker has reported yet"
         served = config.model.served_name or config.model.name
@@ -82,10 +91,15 @@ class Door:
             time.monotonic,  # not the loop's clock: uvloop's counts whole milliseconds, and a token may take less
             limits_of(config),
             config.model.seed,
+            config.gateway.timelines,
+            [*observers, *([self._spans] if self._spans is not None else [])],
         )
-        key = config.gateway.api_key
+        keys = tenants_of(config.gateway)
+        if config.gateway.api_key:
+            keys[config.gateway.api_key] = DEFAULT_TENANT
         settings = Settings(
-            api_keys={hash_api_key(key): "default"} if key else {},
+            api_keys={hash_api_key(key): tenant for key, tenant in keys.items()},
+            operators=(DEFAULT_TENANT,) if len(keys) > 1 else (),
             salt_secret=secret,
             max_body_bytes=config.gateway.max_body_bytes,
             promise_ttft_s=config.scheduler.ttft_target_s,
@@ -102,6 +116,8 @@ class Door:
         if self._watching is not None:
             self._watching.cancel()
         await self._gateway.close()
+        if self._spans is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._spans.close)
 
     # ---- api.backend.Backend -----------------------------------------------------------------------------------------
 
@@ -123,6 +139,18 @@ class Door:
         status: dict[str, Any] = msgspec.json.decode(answer.json)
         return status
 
+    async def history(self, what: str, **query: Any) -> dict[str, Any]:
+        walk = self._gateway.walk_of(query["request_id"]) if what == "request" else None
+        try:
+            answer = await self._gateway.ask(AskHistory(what=what, **query))
+        except NotFound:
+            if walk is None:
+                raise
+            return _as_it_runs({"request": {"id": walk.request.request_id}, "timeline": [], "why": None}, walk)
+        assert isinstance(answer, Status)
+        document: dict[str, Any] = msgspec.json.decode(answer.json)
+        return document if walk is None else _as_it_runs(document, walk)
+
     async def metrics(self) -> str:
         answer = await self._gateway.ask(AskMetrics())
         assert isinstance(answer, Metrics)
@@ -141,6 +169,29 @@ class Door:
                 log.exception("readiness")
                 self._reason = "the readiness check failed; the gateway's log has the details"
             await asyncio.sleep(STATUS_S)
+
+
+_STATES = {
+    Phase.RECEIVED: "queued",
+    Phase.QUEUED: "queued",
+    Phase.PLACED: "prefill",
+    Phase.RESERVED: "prefill",
+    Phase.PREFILLING: "prefill",
+    Phase.TRANSFERRING: "transfer",
+}
+
+
+def _as_it_runs(document: dict[str, Any], walk: Walk) -> dict[str, Any]:
+    """What the scheduler knows of a request that runs here, with what only its own gateway knows."""
+    usage = walk.usage()
+    now = {
+        "state": _STATES.get(walk.phase, "decode"),
+        "output_tokens": usage.completion_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "resumptions": usage.num_resumptions,
+    }
+    timeline = [mark_document(mark) for mark in walk.timeline.marks()]
+    return {**document, "request": {**document["request"], **now}, "timeline": timeline}
 
 
 def _why_not_ready(status: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
@@ -82,7 +82,7 @@ class Gateway:
 
     find_scheduler: where the scheduler listens now (it may have moved). detokenizer: makes one per choice of a request.
     seed: what the seeds of requests without one are drawn from, in the order in which they come to this gateway, beginning anew
-    with it; None: from the system's randomness.
+    with it; None: from the system's randomness. observers: called with every request that ended; they must neither wait nor raise.
     """
 
     def __init__(
@@ -94,6 +94,8 @@ class Gateway:
         clock: Clock,
         limits: Limits | None = None,
         seed: int | None = None,
+        timelines: bool = True,
+        observers: Sequence[Callable[[Request, Outcome], None]] = (),
     ) -> None:
         self.gateway_id = gateway_id
         self.limits = limits or Limits()
@@ -103,6 +105,8 @@ class Gateway:
         self._clock = clock
         # Each gateway draws its own numbers, or two of them would answer in step.
         self._seeds = random.SystemRandom() if seed is None else random.Random(f"{seed}/{gateway_id}")
+        self._timelines = timelines
+        self._observers = observers
         self._walks: dict[str, Walk] = {}
         self._scheduler_address: str | None = None
         self._beat: asyncio.Task[None] | None = None
@@ -133,7 +137,7 @@ class Gateway:
         if request.sampling.seed is None:  # drawn once, so that a resumption draws the same numbers
             seeded = msgspec.structs.replace(request.sampling, seed=self._seeds.getrandbits(64))
             request = msgspec.structs.replace(request, sampling=seeded)
-        walk = Walk(request, self._detokenizer, self._clock())
+        walk = Walk(request, self._detokenizer, self._clock(), self._timelines)
         self._walks[request.request_id] = walk
         failure: TandemError | None = None
         try:
@@ -200,6 +204,7 @@ class Gateway:
                 local_prefill=walk.needs_local_prefill,
                 last_epoch=walk.epoch,
                 deadline_s=min(self.limits.queue_timeout_s, max(0.0, self._seconds_left(walk))),
+                client_id=request.origin.client_id,
             ),
             self.limits.queue_timeout_s + CALL_TIMEOUT_S,
         )
@@ -215,6 +220,7 @@ class Gateway:
         grant = await attempt.decode.call(message, CALL_TIMEOUT_S)
         assert isinstance(grant, Grant)
         walk.move(Phase.RESERVED)
+        walk.timeline.reserved(grant.num_cached_blocks * grant.layout.block_size, self._clock())
         return grant
 
     async def _prefill(self, walk: Walk, ticket: Ticket, grant: Grant) -> None:
@@ -263,6 +269,7 @@ class Gateway:
         walk.blame(error)
         if not isinstance(error, RETRYABLE) or walk.num_attempts >= MAX_ATTEMPTS:
             raise error
+        walk.timeline.resumed(error.message, self._clock())
         log.info("request %s, epoch %d: %s; trying again", walk.request.request_id, walk.epoch, error.message)
         if isinstance(error, ReservationRefused) and not isinstance(error, Draining):
             await asyncio.sleep(0.02 * walk.num_attempts)
@@ -277,7 +284,11 @@ class Gateway:
             self._cancel(walk)
         kind = "finished" if walk.phase is Phase.FINISHED else "failed" if failure is not None else "cancelled"
         self._leaving[request.request_id] = walk.epoch
-        task = self._tell_scheduler(walk.outcome(Outcome, kind, type(failure).__name__ if failure else "", self._clock()))
+        told = (type(failure).__name__, failure.message) if failure is not None else ("", None)
+        outcome = walk.outcome(Outcome, kind, told[0], self._clock(), told[1])
+        task = self._tell_scheduler(outcome)
+        for observe in self._observers:
+            observe(request, outcome)
         task.add_done_callback(lambda _: self._leaving.pop(request.request_id, None))
 
     def _cancel(self, walk: Walk, choice: int | None = None) -> None:
@@ -336,6 +347,11 @@ class Gateway:
                 if self._clock() - lost_at > self.limits.recovery_timeout_s:
                     raise WorkerLost(f"no scheduler for {self.limits.recovery_timeout_s:g} s: {error.message}") from None
                 await asyncio.sleep(0.2)
+
+    def walk_of(self, request_id: str) -> Walk | None:
+        """The running request of that id, or with that X-Request-Id."""
+        known = self._walks.get(request_id)
+        return known or next((w for w in self._walks.values() if w.request.origin.client_id == request_id), None)
 
     async def ask(self, message: Message) -> Message:
         """Status and metrics of the whole cluster, for the HTTP side."""

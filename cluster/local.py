@@ -20,6 +20,7 @@ from cluster import assembly
 from cluster.agent import Agent, new_incarnation
 from cluster.door import limits_of
 from cluster.gateway import Gateway
+from cluster.history import promises_of
 from cluster.local_group import LocalGroup
 from cluster.loopback import Hub
 from cluster.metrics import ClusterMetrics
@@ -119,7 +120,7 @@ class LocalCluster:
 
     async def _start_scheduler(self) -> None:
         network = self._hub.network("scheduler")
-        metrics = ClusterMetrics(assembly.served_name(self.config))
+        metrics = ClusterMetrics(assembly.served_name(self.config), promises_of(self.config.scheduler))
         scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
         self.service = SchedulerService(scheduler, network, asyncio.get_running_loop().time, metrics)
         await self.service.start()

@@ -10,13 +10,16 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
+from cluster.history import History
 from cluster.metrics import ClusterMetrics
 from protocol.errors import Failure, NotFound, TandemError, from_failure
 from protocol.messages import (
     Admit,
+    AskHistory,
     AskMetrics,
     AskStatus,
     GatewayBeat,
@@ -38,8 +41,10 @@ from scheduler.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
+METRICS_WINDOW_S = 300.0
 MAX_GONE = 4096  # requests whose end is remembered, so that an Admit overtaken by it is not queued for nobody
 GONE_S = 30.0
+REFUSALS = {"DeadlineExceeded": "queue_timeout", "NoWorker": "no_worker"}  # of those that waited, by what they were told
 
 
 class SchedulerService:
@@ -50,6 +55,7 @@ class SchedulerService:
         self._network = network
         self._clock = clock
         self._metrics = metrics
+        self.history = History(scheduler, on_refused=metrics.refused)
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._workers: dict[Peer, str] = {}  # -> incarnation: a broken connection is quicker than a missed beat
         self._gone: OrderedDict[str, tuple[float, float]] = OrderedDict()  # request_id -> its last epoch, told when
@@ -78,7 +84,12 @@ class SchedulerService:
         self._refuse_gone(message)
         future: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
         self._dismiss(request_id)  # asked again: the answer goes to the last who asked, and it keeps its place in the queue
-        self.scheduler.submit(message, self._clock())  # raises 429 and 503 at once
+        self._note(self.history.admitted, message, self._clock())
+        try:
+            self.scheduler.submit(message, self._clock())  # raises 429 and 503 at once
+        except TandemError as error:
+            self._note(self.history.refused, request_id, error, self.scheduler.records.last_rejection, self._clock())
+            raise
         self._waiting[request_id] = future
         try:
             self._decide()
@@ -117,6 +128,7 @@ class SchedulerService:
 
     def _progress(self, peer: Peer, message: Progress, now: float) -> None:
         self.scheduler.progress(message, now)
+        self._note(self.history.progress, message, now)
         self._decide()
 
     def _outcome(self, peer: Peer, message: Outcome, now: float) -> None:
@@ -124,18 +136,22 @@ class SchedulerService:
         self._dismiss(message.request_id)
         self.scheduler.outcome(message, now)
         self._metrics.observe(message)
+        self._note(self.history.ended, message, now)
         self._decide()
 
     def _register(self, peer: Peer, message: WorkerInfo, now: float) -> Ok:
         self.scheduler.register(message, now)
         self._workers[peer] = message.incarnation
+        self._note(self.history.tick, now)
         self._decide()
         return Ok()
 
     def _worker_beat(self, peer: Peer, message: WorkerBeat, now: float) -> Ok:
         if not self.scheduler.heartbeat(message, now):
+            self._note(self.history.unknown_beat, message.incarnation)
             raise NotFound(f"{message.incarnation} is not registered here; register again")
         self._workers[peer] = message.incarnation
+        self._note(self.history.beat, self.scheduler.workers[message.incarnation], now)
         self._decide()
         return Ok()
 
@@ -149,8 +165,11 @@ class SchedulerService:
     def _status(self, peer: Peer, message: AskStatus, now: float) -> Status:
         return Status(msgspec.json.encode(self.scheduler.status(now)))
 
+    def _history(self, peer: Peer, message: AskHistory, now: float) -> Status:
+        return Status(msgspec.json.encode(self.history.answer(message, now)))
+
     def _metrics_text(self, peer: Peer, message: AskMetrics, now: float) -> Metrics:
-        return Metrics(self._metrics.text(self.scheduler.status(now)))
+        return Metrics(self._metrics.text(self.scheduler.status(now), self.history.sla.rows(METRICS_WINDOW_S, now)))
 
     _answers: dict[type, Callable[..., Message | None]] = {
         Withdraw: _withdraw,
@@ -162,13 +181,22 @@ class SchedulerService:
         GatewayBeat: _gateway_beat,
         AskStatus: _status,
         AskMetrics: _metrics_text,
+        AskHistory: _history,
     }
+
+    def _note(self, note: Callable[..., None], *what: Any) -> None:
+        """Tell the history. It is there for people: a bug of it may cost them a row, never somebody's answer."""
+        try:
+            note(*what)
+        except Exception:
+            log.exception("the history could not take %s", note.__name__)
 
     def on_lost(self, peer: Peer) -> None:
         incarnation = self._workers.pop(peer, None)
         # A worker that saw its connection break first may have come back over another one already.
         if incarnation is not None and incarnation not in self._workers.values():
             self.scheduler.worker_lost(incarnation, self._clock())
+            self._note(self.history.tick, self._clock())
             self._decide()
 
     def _decide(self) -> None:
@@ -180,10 +208,14 @@ class SchedulerService:
                     self.scheduler.withdraw(request_id, self._clock())
                 continue
             if isinstance(decision, Ticket):
+                self._note(self.history.placed, decision, self._clock())
                 future.set_result(decision)
             else:
                 failure: Failure = decision[1]
-                future.set_exception(from_failure(failure))
+                error = from_failure(failure)
+                if failure.kind in REFUSALS:
+                    self._note(self.history.refused, request_id, error, REFUSALS[failure.kind], self._clock())
+                future.set_exception(error)
 
     async def _tick(self) -> None:
         """Silence counts only while we ourselves were listening: after a stop or starvation of this process everybody gets a
@@ -200,5 +232,6 @@ class SchedulerService:
                 if now >= deaf_until:
                     self.scheduler.tick(now)
                 self._decide()
+                self._note(self.history.tick, now)
             except Exception:
                 log.exception("a tick of the scheduler failed")

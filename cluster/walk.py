@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from cluster.timeline import Timeline
 from protocol.errors import Draining, ReservationRefused, TandemError
 from protocol.events import Event, Finished, PromptScored, Timing, TokenLogprobs, Tokens, Usage
 from protocol.lifecycle import TERMINAL, Phase, move
@@ -17,6 +18,7 @@ from protocol.messages import RequestFailed, TokenUpdate
 from protocol.network import Peer
 from protocol.request import Request
 from protocol.ticket import Ticket
+from protocol.timeline import Trace
 
 _OutcomeT = TypeVar("_OutcomeT")
 
@@ -57,13 +59,18 @@ class Choice:
         self.pending: dict[int, TokenUpdate] = {}  # updates beyond a gap, by their index
         self.finish_reason: str | None = None
         self.stopped_here = False  # by a stop string, which only the gateway sees
+        self.last_at: float | None = None  # when its last token came
 
 
 class Walk:
     """State of one request at the gateway. Times are the gateway's monotonic clock, seconds."""
 
-    def __init__(self, request: Request, detokenizer: Callable[[Request], Detokenizer], now: float) -> None:
+    def __init__(
+        self, request: Request, detokenizer: Callable[[Request], Detokenizer], now: float, with_timeline: bool = True
+    ) -> None:
         self.request = request
+        received_at = now - request.origin.intake_s
+        self.timeline = Timeline(received_at, request.origin.intake_s, with_timeline)
         self.phase = Phase.RECEIVED
         self.choices = [Choice(detokenizer(request)) for _ in range(request.sampling.n)]
         self.inbox: asyncio.Queue[TokenUpdate | RequestFailed | PeerLost] = asyncio.Queue()
@@ -72,8 +79,9 @@ class Walk:
         self.num_resumptions = 0
         self.excluded: list[str] = []
         self.cached_tokens = 0
-        self.received_at = now
+        self.received_at = received_at
         self.placed_at = now
+        self.predicted_ttft_s = 0.0  # by the first ticket
         self.first_placed_at: float | None = None
         self.first_token_at: float | None = None
         self.decode_began_at: float | None = None
@@ -151,6 +159,8 @@ class Walk:
         self.placed_at = now
         if self.first_placed_at is None:
             self.first_placed_at = now
+            self.predicted_ttft_s = attempt.ticket.predicted_ttft_s
+        self.timeline.admitted(attempt.ticket, now)
         while not self.inbox.empty():  # what an earlier epoch left behind
             self.inbox.get_nowait()
         for choice in self.choices:
@@ -209,9 +219,11 @@ class Walk:
         attempt = self.attempt
         attempt.has_tokens = True
         self.cached_tokens = max(self.cached_tokens, update.cached_tokens)
+        if not (attempt.decode_has_begun if not update.from_prefill else self.timeline.prefill_ended_at):
+            self.timeline.frame(update, now)
         if not update.from_prefill and not attempt.decode_has_begun:
             attempt.decode_has_begun = True
-            self.decode_began_at = self.decode_began_at or now
+            self.decode_began_at = self.decode_began_at or self.timeline.transfer_ended_at or now
             self.move(Phase.DECODING)
         elif update.from_prefill and self.phase is Phase.PREFILLING:
             self.move(Phase.TRANSFERRING)
@@ -226,12 +238,12 @@ class Walk:
             events += self._merge(item, now)
         return events
 
-    def _merge(self, update: TokenUpdate, now: float) -> list[Event]:
+    def _merge(self, update: TokenUpdate, now: float) -> list[Tokens]:
         choice = self.choices[update.choice]
         known = choice.pending.get(update.index)
         if known is None or len(known.tokens) < len(update.tokens):
             choice.pending[update.index] = update
-        events: list[Event] = []
+        events: list[Tokens] = []
         while choice.finish_reason is None:
             ready = next((u for i, u in choice.pending.items() if i <= len(choice.token_ids)), None)
             if ready is None:
@@ -240,9 +252,13 @@ class Walk:
             skip = len(choice.token_ids) - ready.index  # what was delivered before: a repeat
             if skip >= len(ready.tokens):
                 continue
-            self.first_token_at = self.first_token_at if self.first_token_at is not None else now
+            if self.first_token_at is None:
+                self.first_token_at = now
+                self.timeline.first_token(now)
             self.last_progress_at = now
             events.append(self._deliver(choice, ready, skip))
+            self.timeline.tokens(len(events[-1].token_ids), choice.last_at, now)
+            choice.last_at = now
         return events
 
     def _deliver(self, choice: Choice, update: TokenUpdate, skip: int) -> Tokens:
@@ -289,9 +305,12 @@ class Walk:
     def finished_event(self) -> Finished:
         return Finished(self.usage(), self.timing(self.last_progress_at))
 
-    def outcome(self, make: Callable[..., _OutcomeT], kind: str, failure_kind: str, now: float) -> _OutcomeT:
+    def outcome(
+        self, make: Callable[..., _OutcomeT], kind: str, failure_kind: str, now: float, failure: str | None = None
+    ) -> _OutcomeT:
         usage, timing = self.usage(), self.timing(now)
         longest = self.max_delivered
+        self.timeline.ended(kind, now)
         return make(
             request_id=self.request.request_id,
             epoch=self.epoch,
@@ -307,4 +326,29 @@ class Walk:
             e2e_s=timing.e2e_s,
             failure_kind=failure_kind,
             finish_reason=self.choices[0].finish_reason or "",
+            trace=self.trace(timing, failure),
+        )
+
+    def trace(self, timing: Timing, failure: str | None = None) -> Trace:
+        """What it has been through so far, for people."""
+        prefill, decode = self.timeline.workers
+        placed = self.first_placed_at if self.first_placed_at is not None else self.received_at
+        return Trace(
+            client_id=self.request.origin.client_id,
+            model=self.request.model,
+            prefill_worker=prefill,
+            decode_worker=decode,
+            prefill_s=timing.prefill_s,
+            transfer_s=timing.transfer_s,
+            decode_s=timing.decode_s,
+            num_resumptions=self.num_resumptions,
+            max_tokens=self.request.sampling.max_tokens or 0,
+            num_choices=len(self.choices),
+            max_output=self.max_delivered,
+            predicted_ttft_s=self.predicted_ttft_s,
+            placed_ttft_s=self.first_token_at - placed if self.first_token_at is not None else 0.0,
+            failure=failure,
+            gaps=tuple(self.timeline.gaps.items()),
+            gap_s=self.timeline.gap_s,
+            marks=self.timeline.marks(),
         )

@@ -7,6 +7,7 @@ Nothing else describes a key: the command line, `tandem config show` and the mes
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,7 +16,7 @@ from msgspec import Meta
 from protocol.errors import ConfigError
 from protocol.parallel import Parallel
 
-SECRET_KEYS = frozenset({"gateway.api_key"})  # never printed
+SECRET_KEYS = frozenset({"gateway.api_key", "gateway.tenant_keys"})  # never printed
 # These also take "512MiB".
 BYTE_KEYS = frozenset({"model.kv_cache_bytes", "model.host_cache_bytes", "gateway.max_body_bytes", "scheduler.max_queue_bytes"})
 
@@ -23,6 +24,7 @@ Count = Annotated[int, Meta(ge=1, le=2**24)]
 GroupSize = Annotated[int, Meta(ge=1, le=256)]
 CountOrAuto = Annotated[int, Meta(ge=0, le=2**24)]
 Bytes = Annotated[int, Meta(ge=1024, le=2**50)]
+Price = Annotated[float, Meta(ge=0, le=10**9)]
 Seconds = Annotated[float, Meta(gt=0, le=10**7)]
 Text = Annotated[str, Meta(min_length=1)]
 
@@ -98,12 +100,22 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     port: Annotated[int, Meta(ge=1, le=65535), says("port of the OpenAI-compatible endpoint")] = 8000
     replicas: Annotated[Count, says("gateway processes")] = 1
     api_key: Annotated[str | None, says("clients send it as bearer token; in TANDEM_GATEWAY_API_KEY `ps` cannot see it")] = None
+    tenant_keys: Annotated[
+        str | None, says("bearer tokens of tenants, NAME=KEY,NAME=KEY; then api_key is the operators', who alone see everybody's")
+    ] = None
     max_body_bytes: Annotated[Bytes, says("largest HTTP body")] = 32 * 2**20
     request_timeout_s: Annotated[Seconds, says("a request, door to door, then 504")] = 3600.0
     keep_alive_s: Annotated[Seconds, says("an idle HTTP connection stays open")] = 30.0
     prefill_timeout_s: Annotated[Seconds, says("reservation to first token, then another attempt")] = 300.0
     token_timeout_s: Annotated[Seconds, says("silence between two tokens, then another attempt")] = 60.0
     recovery_timeout_s: Annotated[Seconds, says("how long to look for a scheduler that comes back")] = 30.0
+    timelines: Annotated[bool, says("keep the marks of every request, for `tandem trace` and the dashboard")] = True
+    ray_metrics: Annotated[bool, says("tell of requests through ray.util.metrics too, as Ray's Serve LLM dashboard reads them")] = (
+        False
+    )
+    otlp_endpoint: Annotated[
+        str | None, says("where spans go, OTLP over HTTP; none: as OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere")
+    ] = None
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,6 +137,10 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 20.0
     ttft_target_s: Annotated[Seconds, says("the promise: time to first token")] = 2.0
     tpot_target_s: Annotated[Seconds, says("the promise: time per output token; decode workers are filled up to it")] = 0.2
+    attainment_target: Annotated[float, Meta(gt=0, le=0.99999), says("the promise: share of requests that keep both times")] = 0.99
+    input_price: Annotated[Price | None, says("money for a million prompt tokens, in SLA reports; none: no cost is shown")] = None
+    cached_price: Annotated[Price | None, says("the same for prompt tokens from a cache; none: as others")] = None
+    output_price: Annotated[Price | None, says("money for a million output tokens, in SLA reports")] = None
 
 
 class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -264,6 +280,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def tenants_of(gateway: GatewayConfig) -> dict[str, str]:
+    """gateway.tenant_keys as key -> tenant. Raises ConfigError, which shows no key."""
+    found: dict[str, str] = {}
+    for pair in (gateway.tenant_keys or "").split(","):
+        name, _, key = (part.strip() for part in pair.partition("="))
+        if not pair.strip():
+            continue
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or not key.isascii() or not key or name == "default":
+            raise ConfigError("gateway.tenant_keys is NAME=KEY,NAME=KEY; a name has a-z, 0-9, - and _", param="gateway.tenant_keys")
+        if key in found or key == gateway.api_key:
+            raise ConfigError(f"gateway.tenant_keys: the key of {name} is another's already", param="gateway.tenant_keys")
+        found[key] = name
+    return found
+
+
 def check(config: Config) -> None:
     """What no single key can tell. Raises ConfigError that names the keys and values at odds."""
     gateway, decode, model = config.gateway, config.decode, config.model
@@ -275,6 +306,10 @@ def check(config: Config) -> None:
         )
     if gateway.api_key is not None and (not gateway.api_key.strip() or not gateway.api_key.isascii()):
         raise ConfigError("gateway.api_key must be printable ASCII and not blank", param="gateway.api_key")
+    if tenants_of(gateway) and gateway.api_key is None:
+        raise ConfigError(
+            "gateway.tenant_keys wants gateway.api_key beside it, for those who look after all", param="gateway.api_key"
+        )
     if decode.max_num_batched_tokens < decode.max_num_seqs:
         raise ConfigError(
             f"decode.max_num_batched_tokens {decode.max_num_batched_tokens} is below decode.max_num_seqs "

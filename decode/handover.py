@@ -88,6 +88,7 @@ class Handover:
         self.transfers_failed = 0
         self.digest_failures = 0
         self.num_kept_blocks = 0
+        self.leases_expired = 0
 
     @property
     def num_open(self) -> int:
@@ -245,6 +246,7 @@ class Handover:
         self.reap()
         for grant_id in self._inbound.expired(self._clock()):
             self.transfers_failed += 1
+            self.leases_expired += 1
             error = TransferFailed("the lease ran out before the KV was sealed (transfer.lease_s)")
             self._on_failed(self._jobs[grant_id], error)
         self._ask_writers()

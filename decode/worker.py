@@ -107,6 +107,7 @@ class DecodeWorker:
         self._wake = asyncio.Event()
         self.is_draining = False
         self.last_token_at: float | None = None
+        self._step_began_at = 0.0
         self._counts: dict[str, float] = defaultdict(float)
         self.handover = Handover(
             settings.incarnation, settings.layout, pool, receivers, network, clock, secret, self._fail_transfer, self.wake
@@ -159,7 +160,7 @@ class DecodeWorker:
         if len(self._jobs) >= self.settings.max_jobs:
             raise ReservationRefused(f"{len(self._jobs)} requests are here already")
         self._reservations.check_it_can_ever_fit(request)
-        job = self._jobs[request.request_id] = Job(message, peer)
+        job = self._jobs[request.request_id] = Job(message, peer, self._clock())
         try:
             grant = self._reservations.local(job) if ticket.prefill is None else await self._reservations.remote(job, message)
         except OutOfBlocks:
@@ -187,7 +188,9 @@ class DecodeWorker:
 
     async def _seal(self, message: Seal) -> Ok:
         """Verify what prefill says it wrote, then let its sequences run. Unverified KV is never read (R4)."""
+        started = self._clock()
         job = await self.handover.verify(message.manifest)
+        job.sealed(self._clock(), message.landed_s, started)
         self._sequences.open(job, message.manifest.num_written, message.manifest.first_tokens)
         if not job.sequences:
             del self._jobs[job.request.request_id]
@@ -301,14 +304,14 @@ class DecodeWorker:
     async def _execute(self, chunks: list[Chunk]) -> StepResult:
         copies = self._sequences.take_copies(chunks)
         self._in_step = True
-        started = self._clock()
+        self._step_began_at = self._clock()
         try:
             return await self._compute(lambda: self.runner.run(chunks, None, Extras(copies=tuple(copies))))
         finally:
             self._in_step = False
             self._sequences.copied(copies)
             self._counts["num_steps"] += 1
-            self._counts["step_s"] += self._clock() - started
+            self._counts["step_s"] += self._clock() - self._step_began_at
 
     def _fail_step(self, chunks: list[Chunk], error: Exception) -> None:
         failure = InternalError(f"a decode step failed ({type(error).__name__}); the worker's log has the details")
@@ -358,6 +361,7 @@ class DecodeWorker:
             job = self._sequences.job_of(lead)
             if job is None or job.is_dropped:
                 continue
+            job.first_step_at = job.first_step_at or self._step_began_at
             lead.num_computed += chunk.num_tokens
             self._counts["prompt_tokens" if chunk.num_tokens > 1 else "decode_rows"] += chunk.num_tokens
             self._sequences.seal(lead)
@@ -394,6 +398,7 @@ class DecodeWorker:
             stop_reason=finished[1] if finished else None,
             cached_tokens=job.cached_tokens,
             prompt_logprobs=self._take_scores(job),
+            spent=job.take_spent(self._clock),
         )
         if finished:
             self._after_step.append(lambda: self._retire(sequence))
@@ -445,6 +450,7 @@ class DecodeWorker:
             transfer_bytes=self.handover.transfer_bytes,
             transfers_failed=self.handover.transfers_failed,
             digest_failures=self.handover.digest_failures,
+            leases_expired=self.handover.leases_expired,
             last_token_age_s=age,
             pairs=self.handover.pair_stats(),
             **self.pool.tier_numbers,

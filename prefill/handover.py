@@ -144,7 +144,7 @@ class Handover:
         self._over(job)
 
     async def _hand_over(self, job: Job, first_tokens: tuple[FirstToken, ...]) -> None:
-        grant_id, link = job.grant.grant_id, job.link
+        grant_id, link, since = job.grant.grant_id, job.link, self._clock()
         self.outbound.finishing(grant_id)
         try:
             digests = await link.sender.finish(grant_id, self._timeout_s)
@@ -154,7 +154,7 @@ class Handover:
             raise
         manifest = self.outbound.sealed(grant_id, digests, first_tokens, TRANSPORTS[link.transport].digest)
         try:
-            await link.peer.call(Seal(manifest), self._timeout_s)
+            await link.peer.call(Seal(manifest, self._clock() - since), self._timeout_s)
         except DamagedKV as error:
             self._counts_of(link).digest_failures += 1
             self._blame(link, error)

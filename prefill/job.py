@@ -9,12 +9,13 @@ from prefill.links import Link
 from protocol.messages import Prefill
 from protocol.network import Peer
 from protocol.ticket import Grant
+from protocol.timeline import Spent
 
 
 class Job:
     """One prompt here: its sequence, its grant, the link to its decode worker."""
 
-    def __init__(self, message: Prefill, gateway: Peer, link: Link) -> None:
+    def __init__(self, message: Prefill, gateway: Peer, link: Link, now: float = 0.0) -> None:
         self.request = message.request
         self.epoch = message.ticket.epoch
         self.grant: Grant = message.grant
@@ -26,6 +27,10 @@ class Job:
         self.num_pushed = self.grant.num_cached_blocks  # blocks of the grant that are on their way, or that decode had
         self.cached_tokens = 0
         self.is_dropped = False
+        self.accepted_at = self.started_at = now  # the worker's clock
+
+    def spent(self, now: float) -> Spent:
+        return Spent(self.started_at - self.accepted_at, now - self.started_at)
 
     def chunk(self, num_tokens: int) -> Chunk:
         """The next num_tokens of the prompt; the last chunk samples token 1 of every choice."""

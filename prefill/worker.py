@@ -195,7 +195,7 @@ class PrefillWorker:
                 "--num-gpu-blocks-override (model.kv_cache_bytes on a CPU)"
             )
         self._supersede(grant)
-        job = Job(message, gateway, await self._link(grant, gateway))
+        job = Job(message, gateway, await self._link(grant, gateway), self._clock())
         self._jobs[grant.request_id] = job
         try:
             await self.handover.open(job)
@@ -379,7 +379,7 @@ class PrefillWorker:
             except OutOfBlocks:
                 break
             self._waiting.popleft()
-            job.cached_tokens = job.sequence.num_computed
+            job.cached_tokens, job.started_at = job.sequence.num_computed, self._clock()
             self._counts["prefix_queries"] += job.grant.num_tokens
             self._counts["prefix_hits"] += job.cached_tokens
             self._active.append(job)
@@ -413,7 +413,6 @@ class PrefillWorker:
             index = sequence.output_len
             sequence.append(sample.token)
             reason, stop = finish_reason(sequence, self.settings.max_model_len) or (None, None)
-            logprobs = (sample.logprobs,) if sample.logprobs is not None else None
             updates.append(
                 TokenUpdate(
                     request_id=job.request.request_id,
@@ -421,11 +420,12 @@ class PrefillWorker:
                     choice=sequence.choice,
                     index=index,
                     tokens=(sample.token,),
-                    logprobs=logprobs,
+                    logprobs=(sample.logprobs,) if sample.logprobs is not None else None,
                     finish_reason=reason,
                     stop_reason=stop,
                     cached_tokens=job.cached_tokens,
                     from_prefill=True,
+                    spent=job.spent(self._clock()),
                 )
             )
             first.append(FirstToken(sequence.choice, sample.token, reason, stop, sample.logprobs))
@@ -459,7 +459,6 @@ class PrefillWorker:
 
     def stats(self) -> WorkerStats:
         c = self._counts
-        age = -1.0 if self.last_token_at is None else self._clock() - self.last_token_at
         return WorkerStats(
             num_running=len(self._active),
             num_waiting=len(self._waiting),
@@ -478,7 +477,7 @@ class PrefillWorker:
             transfer_s=self.handover.transfer_s,
             transfers_failed=self.handover.transfers_failed,
             pairs=self.handover.pair_stats(),
-            last_token_age_s=age,
+            last_token_age_s=-1.0 if self.last_token_at is None else self._clock() - self.last_token_at,
             **self.pool.tier_numbers,
         )
 

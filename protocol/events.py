@@ -37,9 +37,9 @@ class Tokens(msgspec.Struct, frozen=True):
 class Timing(msgspec.Struct, frozen=True):
     """Seconds on the gateway's monotonic clock, each phase of the walk. 0.0 where a phase did not happen."""
 
-    queue_s: float = 0.0  # received -> placed
+    queue_s: float = 0.0  # received -> placed, tokenizing included
     prefill_s: float = 0.0  # placed -> first token
-    transfer_s: float = 0.0  # first token -> decode's first frame
+    transfer_s: float = 0.0  # first token -> KV verified by decode (its first frame, where it does not say)
     decode_s: float = 0.0  # first token -> last token
     ttft_s: float = 0.0  # received -> first token
     e2e_s: float = 0.0

@@ -14,6 +14,7 @@ from protocol.kv import XXH3, KVEndpoint, KVLayout, ProcessRef
 from protocol.parallel import ALONE, Parallel
 from protocol.request import Request
 from protocol.ticket import Grant, Landed, Manifest, Ticket
+from protocol.timeline import Spent, Trace
 
 
 class Ok(msgspec.Struct, frozen=True, tag="ok"):
@@ -45,6 +46,7 @@ class Admit(msgspec.Struct, frozen=True, tag="admit", kw_only=True):
     local_prefill: bool = False
     last_epoch: int = 0
     deadline_s: float = 600.0
+    client_id: str = ""  # for people who look for it
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
@@ -78,6 +80,7 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome", kw_only=True):
     e2e_s: float
     failure_kind: str = ""
     finish_reason: str = ""  # of the first choice, when finished: "stop" | "length"
+    trace: Trace | None = None
 
     @property
     def was_refused(self) -> bool:
@@ -98,6 +101,21 @@ class AskStatus(msgspec.Struct, frozen=True, tag="ask_status"):
 
 class AskMetrics(msgspec.Struct, frozen=True, tag="ask_metrics"):
     """-> Metrics"""
+
+
+class AskHistory(msgspec.Struct, frozen=True, tag="ask_history", kw_only=True):
+    """-> Status: one document of `cluster/history.py`; Failure("NotFound") for a request that it does not know.
+
+    what: "snapshot" (with the hour's series) | "tick" (with its newest point) | "requests" (tenant, state, limit) |
+    "request" (request_id, which may be the client's own) | "sla" (window_s).
+    """
+
+    what: str
+    tenant: str = ""
+    state: str = ""
+    request_id: str = ""
+    limit: int = 100
+    window_s: float = 300.0
 
 
 class Metrics(msgspec.Struct, frozen=True, tag="metrics"):
@@ -173,6 +191,7 @@ class WorkerStats(msgspec.Struct, frozen=True, tag="worker_stats", kw_only=True)
     transfer_s: float = 0.0
     transfers_failed: int = 0
     digest_failures: int = 0
+    leases_expired: int = 0
     last_token_age_s: float = -1.0  # seconds since it last produced a token; -1: never
     rss_bytes: int = 0
     host_tier_bytes: int = 0  # of evicted prefix KV kept in host memory; the rest of these in blocks
@@ -181,6 +200,7 @@ class WorkerStats(msgspec.Struct, frozen=True, tag="worker_stats", kw_only=True)
     host_tier_evicted: int = 0
     host_tier_digest_failures: int = 0
     pairs: tuple[PairStats, ...] = ()
+    gpu: dict[str, float] = {}  # utilization (0..1), memory_used_bytes, memory_total_bytes, power_watts, temperature_celsius
 
 
 class WorkerBeat(msgspec.Struct, frozen=True, tag="worker_beat"):
@@ -254,6 +274,7 @@ class TokenUpdate(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     from_prefill: bool = False  # sampled by the prefill worker; decode's first frame repeats it
+    spent: Spent | None = None  # with a worker's first frame of an attempt
 
 
 class TokenFrame(msgspec.Struct, frozen=True, tag="tokens"):
@@ -307,6 +328,7 @@ class Seal(msgspec.Struct, frozen=True, tag="seal"):
     """The KV is on the wire and has landed; verify and start. -> Ok once verified, Failure("TransferFailed") if not."""
 
     manifest: Manifest
+    landed_s: float = 0.0  # from token 1 until the last byte had landed, by the writer's clock
 
 
 class WriterDone(msgspec.Struct, frozen=True, tag="writer_done"):
@@ -333,6 +355,7 @@ Message = (
     | AskStatus
     | Status
     | AskMetrics
+    | AskHistory
     | Metrics
     | WorkerInfo
     | WorkerBeat

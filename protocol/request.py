@@ -13,6 +13,7 @@ import msgspec
 from msgspec.structs import force_setattr
 
 from protocol.errors import InvalidRequest, PromptTooLong
+from protocol.timeline import Origin
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -118,6 +119,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     slo_class: str = "standard"
     priority: int = 0
     cache_salt: str = ""
+    origin: Origin = Origin()
 
     @property
     def prompt_len(self) -> int:

@@ -16,7 +16,9 @@ MAX_PHASES = 32  # of one worker
 GAUGES = frozenset(name for name in WorkerStats.__struct_fields__ if name.endswith(("_blocks", "_age_s", "rss_bytes"))) | {
     "num_running",
     "num_waiting",
+    "host_tier_bytes",
     "pairs",  # per pair, not to be summed here
+    "gpu",
 }
 CUMULATIVE = tuple(name for name in WorkerStats.__struct_fields__ if name not in GAUGES)
 
@@ -36,6 +38,7 @@ class Records:
     def __init__(self) -> None:
         self.counters: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()
+        self.last_rejection = ""
         self.tokens: Counter[str] = Counter()
         self.retired: dict[str, Counter[str]] = {}  # role -> counters of workers that are gone
         self.phases: OrderedDict[str, list[WorkerPhase]] = OrderedDict()  # incarnation -> its start-up
@@ -47,6 +50,7 @@ class Records:
     def reject(self, reason: str) -> None:
         self.counters["rejected"] += 1
         self.rejections[reason] += 1
+        self.last_rejection = reason
 
     def count_tokens(self, outcome: Outcome) -> None:
         if outcome.output_tokens < 1:

@@ -61,7 +61,8 @@ LARGE_WITH_A_REASON: dict[str, str] = {
     "examples/train_bundled_model.py": "one script in six stages, read from top to bottom and imported by nobody",
 }
 TRITON_FREE = {"kernels/__init__.py", "kernels/ops.py", "kernels/reference.py"}
-NAMED_OTHERWISE = {"cupy": ["cupy-cuda13x"]}  # import name -> distribution, where it may not be installed to be asked
+# import name -> distribution, where it may not be installed to be asked
+NAMED_OTHERWISE = {"cupy": ["cupy-cuda13x"], "pynvml": ["nvidia-ml-py"]}
 PROVIDED_BY_RAY = {"starlette"}  # part of fastapi's interface, never asked for by itself
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from api.backend import ModelCard
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
+from protocol.errors import NotFound
 from protocol.events import Event, Finished, PromptScored, Timing, TokenLogprobs, Tokens, Usage
 from protocol.request import Request
 
@@ -46,6 +47,8 @@ class FakeBackend:
         self.events: Callable[[Request], list[Event]] | None = None  # a whole script instead
         self.error: Exception | None = None  # raised after the first token
         self.ready = True
+        self.asked: list[tuple[str, dict[str, Any]]] = []  # of the history
+        self.sla_rows: list[dict[str, Any]] = []
         self.cards = [
             ModelCard(
                 id=name,
@@ -69,6 +72,19 @@ class FakeBackend:
 
     async def status(self) -> dict[str, Any]:
         return {"workers": [{"name": "decode:0", "role": "decode", "state": "ready"}], "queue": {"num_requests": 0}}
+
+    async def history(self, what: str, **query: Any) -> dict[str, Any]:
+        self.asked.append((what, query))
+        if what == "requests":
+            return {"requests": []}
+        if what == "request":
+            if query["request_id"] != "known":
+                raise NotFound("no such request is remembered")
+            return {"request": {"id": "known"}, "timeline": [], "why": None}
+        if what == "sla":
+            return {"window_s": query["window_s"], "rows": self.sla_rows}
+        series = {"step_s": 5, "point": None, **({"history": {"t": []}} if what == "snapshot" else {})}
+        return {"now": 1e9, "status": await self.status(), "series": series, "events": []}
 
     async def metrics(self) -> str:
         return "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0\n"

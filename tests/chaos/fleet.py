@@ -62,7 +62,7 @@ class Life:
 
     @property
     def is_up(self) -> bool:
-        return self.ready.is_set() and not self.ended.is_set() and not self.is_stopped
+        return self.ready.is_set() and not self.ended.is_set() and not self.is_stopped and not self.was_killed
 
     @property
     def incarnation(self) -> str:

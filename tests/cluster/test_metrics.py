@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,14 +10,18 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.metrics import EVENTS, REJECTIONS, WORKER_SERIES, ClusterMetrics
+from cluster.metric_table import EVENTS, REJECTIONS, WORKER_SERIES
+from cluster.metrics import ClusterMetrics
 from configs.schema import SchedulerConfig
 from protocol.errors import Overloaded
 from protocol.kv import KVLayout
-from protocol.messages import Admit, Outcome, WorkerBeat, WorkerInfo, WorkerStats
+from protocol.messages import Admit, Outcome, PairStats, WorkerBeat, WorkerInfo, WorkerStats
 from protocol.parallel import Parallel
+from protocol.timeline import Trace
 from scheduler.scheduler import Scheduler
+from scheduler.sla import Promise
 
+HAVE_NO_VALUE_HERE = {"vllm:inter_token_latency_seconds"}  # it has eight of each request
 HOSTILE = 'x"} 1\nevil_metric 7\n'  # what a client could send as a class, and a tenant could be called
 
 FINISHED = Outcome(
@@ -35,6 +38,17 @@ FINISHED = Outcome(
     tpot_s=0.125,
     e2e_s=2.0,
     finish_reason="length",
+    trace=Trace(
+        prefill_worker="prefill:0",
+        decode_worker="decode:0",
+        transfer_s=0.0625,
+        max_tokens=20,
+        max_output=9,
+        predicted_ttft_s=0.5,
+        placed_ttft_s=0.75,
+        gaps=((0, 3), (10, 5)),
+        gap_s=1.0,
+    ),  # fmt: skip
 )
 
 
@@ -116,11 +130,25 @@ def test_a_finished_request_is_in_every_histogram_once() -> None:
         "vllm:request_inference_time_seconds": 1.75,  # placed to the end
         "vllm:request_prompt_tokens": 30.0,
         "vllm:request_generation_tokens": 9.0,
+        "vllm:request_prefill_kv_computed_tokens": 14.0,
+        "vllm:request_params_n": 1.0,
+        "vllm:request_params_max_tokens": 20.0,
+        "vllm:request_max_num_generation_tokens": 9.0,
+        "tandem_kv_transfer_duration_seconds": 0.0625,
+        "tandem_ttft_prediction_ratio": 1.5,
     }
     for name, total in expected.items():
         assert value(text, f"{name}_count", model_name="m") == 1, name
         assert value(text, f"{name}_sum", model_name="m") == total, name
-    assert {name for name, family in families(text).items() if family.type == "histogram"} == expected.keys()
+    labels = {"tenant": "t", "class": "standard"}
+    assert value(text, "tandem_time_to_first_token_seconds_sum", **labels) == 1.0
+    assert value(text, "tandem_time_per_output_token_seconds_sum", **labels) == 0.125
+    gaps = "vllm:inter_token_latency_seconds"
+    assert (value(text, f"{gaps}_count"), value(text, f"{gaps}_sum")) == (8, 1.0)
+    assert value(text, f"{gaps}_bucket", le="0.001") == 3
+    assert {name for name, family in families(text).items() if family.type == "histogram"} == {
+        *expected, gaps, "tandem_time_to_first_token_seconds", "tandem_time_per_output_token_seconds",
+    }  # fmt: skip
     assert value(text, "vllm:prompt_tokens_total") == 30
     assert value(text, "vllm:prompt_tokens_cached_total") == 16
     assert value(text, "vllm:generation_tokens_total") == 9
@@ -132,8 +160,9 @@ def test_histograms_are_complete_and_grow_to_infinity() -> None:
     for ttft in (0.0005, 0.03, 0.03, 1e6):
         metrics.observe(changed(ttft_s=ttft, e2e_s=ttft + 1))
     for name, family in families(metrics.text({})).items():
-        if family.type != "histogram":
+        if family.type != "histogram" or name in HAVE_NO_VALUE_HERE:
             continue
+        family.samples = [s for s in family.samples if s.labels.get("tenant", "t") == "t"]
         buckets = [(float(s.labels["le"]), s.value) for s in family.samples if s.name.endswith("_bucket")]
         assert buckets == sorted(buckets), name
         assert buckets[-1] == (float("inf"), 4), name
@@ -210,6 +239,41 @@ def test_a_refused_request_is_a_rejection_and_not_a_failure(scheduler: Scheduler
     assert value(metrics.text({}), "vllm:request_success_total", finished_reason="error") == 1
 
 
+# ---- tenants and their promises --------------------------------------------------------------------------------------
+
+
+def test_promised_and_kept_by_tenant_and_class() -> None:
+    metrics = ClusterMetrics("m", {"standard": Promise(1.0, 0.2)}, ("t",))
+    labels = {"tenant": "t", "class": "standard"}
+    assert value(metrics.text({}), "tandem_slo_kept_total", **labels) == 0, "there before the first request"
+    for outcome in (FINISHED, changed(ttft_s=1.5), changed(tpot_s=0.3), changed(kind="failed"), changed(kind="cancelled")):
+        metrics.observe(outcome)
+    metrics.refused("t", "standard", "tenant_share")
+    metrics.refused("t", "standard", HOSTILE)
+    text = metrics.text({}, [{**dict(labels), "attainment": 0.25, "budget_left": None, "goodput_per_s": 2.0}])
+    assert value(text, "tandem_slo_requests_total", **labels) == 4
+    assert value(text, "tandem_slo_kept_total", **labels) == 1
+    outcomes = [value(text, "tandem_requests_total", outcome=kind, **labels) for kind in ("finished", "failed", "cancelled")]
+    assert outcomes == [3, 1, 1]
+    assert value(text, "tandem_tokens_total", kind="cached", **labels) == 80
+    assert value(text, "tandem_refusals_total", reason="tenant_share", **labels) == 1
+    assert value(text, "tandem_refusals_total", reason="other", **labels) == 1
+    assert value(text, "tandem_slo_attainment_ratio", **labels) == 0.25
+    assert families(text)["tandem_slo_error_budget_left_ratio"].samples == []
+    assert value(text, "tandem_slo_target_ratio", **{"class": "standard"}) == 0.99
+
+
+def test_the_table_of_tenants_is_bounded() -> None:
+    metrics = ClusterMetrics("m")
+    for i in range(500):
+        metrics.observe(changed(tenant=f"tenant-{i}"))
+    samples = families(metrics.text({}))["tandem_slo_requests"].samples
+    counted = {s.labels["tenant"]: s.value for s in samples if s.name.endswith("_total")}
+    assert len(counted) == 65
+    assert sum(counted.values()) == 500
+    assert counted["other"] == 500 - 63
+
+
 # ---- the status of a real scheduler ----------------------------------------------------------------------------------
 
 
@@ -225,6 +289,11 @@ def test_gauges_and_counters_are_those_of_the_status(scheduler: Scheduler) -> No
         transfers=7,
         transfer_bytes=900,
         transfer_s=0.5,
+        pairs=(
+            PairStats(peer="decode-0-aa", transport="tcp", transfers=7, failed=1, nbytes=900, fallbacks=2),
+            PairStats(peer="decode-0-bb", transport="tcp", transfers=2, nbytes=100, seconds=0.5, fallbacks=1),
+            PairStats(peer="decode-0-bb", transport="shm", transfers=1, nbytes=50, fallbacks=1),
+        ),
     )
     beat(
         scheduler,
@@ -237,11 +306,24 @@ def test_gauges_and_counters_are_those_of_the_status(scheduler: Scheduler) -> No
         num_cached_blocks=30,
         transfers=6,
         digest_failures=1,
+        pairs=(PairStats(peer="prefill-0-aa", transport="tcp", transfers=7, nbytes=900, stale=4),),
+        gpu={"utilization": 0.5},
     )
     scheduler.submit(admit("a"), 1.0)
     assert scheduler.decisions(1.0)
-    status = json.loads(json.dumps(scheduler.status(1.0)))
+    status = msgspec.json.decode(msgspec.json.encode(scheduler.status(1.0)))
     text = ClusterMetrics("m").text(status)
+    assert ClusterMetrics("m").text(scheduler.status(1.0)) == text, "the very structs are as good as their JSON"
+    link = {"engine": "prefill:0", "peer": "decode:0", "transport": "tcp"}
+    assert value(text, "tandem_kv_link_bytes_total", **link) == 1000, "two lives of one worker are one series"
+    assert value(text, "tandem_kv_link_bytes_total", **{**link, "transport": "shm"}) == 50
+    assert value(text, "tandem_kv_link_seconds_total", **link) == 0.5
+    assert value(text, "tandem_kv_link_fallbacks_total", engine="prefill:0", peer="decode:0") == 3
+    assert value(text, "tandem_kv_link_stale_total", engine="decode:0", peer="prefill:0", transport="tcp") == 4
+    assert value(text, "tandem_kv_link_failures_total", **link) == 1
+    assert value(text, "tandem_gpu_utilization_ratio", engine="decode:0") == 0.5
+    assert value(text, "tandem_workers", role="decode", state="ready") == 1
+    assert value(text, "vllm:num_requests_waiting_by_reason", reason="deferred") == 1
     decode, prefill = {"engine": "decode:0", "role": "decode"}, {"engine": "prefill:0", "role": "prefill"}
     assert value(text, "vllm:num_requests_running", **decode) == 5
     assert value(text, "vllm:num_requests_waiting", **prefill) == 3
@@ -301,7 +383,7 @@ def test_nothing_a_client_sends_becomes_a_label(scheduler: Scheduler) -> None:
         metrics.observe(outcome)
         scheduler.outcome(outcome, 1.0)
     scheduler.submit(admit(HOSTILE), 1.0)
-    text = metrics.text(json.loads(json.dumps(scheduler.status(1.0))))
+    text = metrics.text(msgspec.json.decode(msgspec.json.encode(scheduler.status(1.0))))
     assert "evil" not in text
     allowed = {
         "model_name",
@@ -319,6 +401,11 @@ def test_nothing_a_client_sends_becomes_a_label(scheduler: Scheduler) -> None:
         "tensor_parallel_size",
         "pipeline_parallel_size",
         "pid",
+        "tenant",
+        "class",
+        "outcome",
+        "kind",
+        "state",
     }
     assert {label for family in families(text).values() for s in family.samples for label in s.labels} <= allowed
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from configs.flags import BY_KEY, FLAGS
 from configs.load import Resolved, env_name, load, presets
-from configs.schema import KEYS, SECRET_KEYS, SECTIONS, Config, is_loopback
+from configs.schema import KEYS, SECRET_KEYS, SECTIONS, Config, is_loopback, tenants_of
 from protocol.errors import ConfigError
 
 # A value other than the default for each key with a flag, as text.
@@ -220,7 +220,19 @@ def test_secrets_are_not_shown() -> None:
     assert resolved.config.gateway.api_key == "hunter2"
     assert "hunter2" not in repr(resolved.rows())
     assert "hunter2" not in message(sets=["gateway.api_key=hunter2é", "gateway.host=0.0.0.0"])
-    assert {"gateway.api_key"} == SECRET_KEYS
+    assert {"gateway.api_key", "gateway.tenant_keys"} == SECRET_KEYS
+
+
+def test_tenants_have_keys_of_their_own() -> None:
+    asked = {"TANDEM_GATEWAY_API_KEY": "sk-all", "TANDEM_GATEWAY_TENANT_KEYS": "acme=sk-1, globex=sk-2"}
+    resolved = load(env=asked)
+    assert tenants_of(resolved.config.gateway) == {"sk-1": "acme", "sk-2": "globex"}
+    assert "sk-" not in repr(resolved.rows())
+    for wrong in ("acme", "acme=", "=sk-1", "Acme=sk-1", "a=sk-1,b=sk-1", "a=sk-all", "default=sk-1"):
+        told = message(env={**asked, "TANDEM_GATEWAY_TENANT_KEYS": wrong})
+        assert "gateway.tenant_keys" in told
+        assert "sk-" not in told
+    assert "gateway.api_key" in message(env={"TANDEM_GATEWAY_TENANT_KEYS": "acme=sk-1"})
 
 
 def test_what_kubernetes_and_others_put_into_the_environment_is_left_alone() -> None:

@@ -1,4 +1,4 @@
-"""A prefill worker on the toy model in a process of its own, slow enough to be killed in the middle. Started by test_killed.py."""
+"""A prefill worker on the toy model in a process of its own, slow enough to be killed in the middle. Run by test_killed.py."""
 
 from __future__ import annotations
 

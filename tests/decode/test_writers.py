@@ -18,13 +18,14 @@ from protocol.messages import Handshake
 from protocol.parallel import Parallel
 
 LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=4, block_size=4, dtype="float32", model_hash="m")
+TWO_STAGES = Parallel(1, 2)
 
 
-def writers(on_death=lambda: None, boot=None):
+def writers(on_death=lambda: None, boot=None, parallel=TWO_STAGES):
     """Of a decode worker of two ranks; the second one's memory is on `boot`."""
     shm = tuple(ShmEndpoint(end, 1, 3, 5, 4096) for end in (boot_id(), boot or boot_id()))
     receivers = SimpleNamespace(
-        place=Place(LAYOUT, Parallel(1, 2)), endpoints={"shm": shm, "tcp": (MemoryEndpoint(1), MemoryEndpoint(2))}
+        place=Place(LAYOUT, parallel), endpoints={"shm": shm, "tcp": (MemoryEndpoint(1), MemoryEndpoint(2))}
     )
     return Writers("D", receivers, lambda: 0.0, on_death)
 

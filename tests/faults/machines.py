@@ -91,6 +91,9 @@ class Outcomes:
     def observe(self, outcome: Outcome) -> None:
         self.told.append(outcome)
 
+    def refused(self, tenant: str, slo_class: str, reason: str) -> None:
+        """Counted by others."""
+
 
 class Machine:
     """One life of one process."""

@@ -75,10 +75,12 @@ async def test_a_run_that_was_stored_twice_is_told_twice_in_order(told):
 
 async def test_from_many_threads_everything_is_told(told):
     made = landings(told)
-    threads = [
-        threading.Thread(target=lambda i=i: [made.add(grant(f"g{i}"), row, 1, digests(row, 2)) for row in range(8)])
-        for i in range(6)
-    ]
+
+    def tell(i: int) -> None:
+        for row in range(8):
+            made.add(grant(f"g{i}"), row, 1, digests(row, 2))
+
+    threads = [threading.Thread(target=tell, args=(i,)) for i in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
