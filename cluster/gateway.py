@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 CALL_TIMEOUT_S = 5.0
 ASK_AGAIN_S = 15.0  # an answer of the scheduler may be lost for ever; who waits in its queue keeps its place when asked again
 BEAT_S = 1.0
-MAX_ATTEMPTS = 12  # of one request; each names another worker where there is one
+MAX_ATTEMPTS = 12  # of one request without a new token; each names another worker where there is one
 HASH_BLOCK_LEN = 64  # tokens; the cluster-wide unit of the scheduler's prefix index
 RETRYABLE = (WorkerLost, TransferFailed, ReservationRefused, DeadlineExceeded, HandshakeRefused)
 
@@ -267,12 +267,12 @@ class Gateway:
         if self._seconds_left(walk) <= 0:
             raise self._out_of_time() from error
         walk.blame(error)
-        if not isinstance(error, RETRYABLE) or walk.num_attempts >= MAX_ATTEMPTS:
+        if not isinstance(error, RETRYABLE) or walk.num_vain_attempts >= MAX_ATTEMPTS:
             raise error
         walk.timeline.resumed(error.message, self._clock())
         log.info("request %s, epoch %d: %s; trying again", walk.request.request_id, walk.epoch, error.message)
         if isinstance(error, ReservationRefused) and not isinstance(error, Draining):
-            await asyncio.sleep(0.02 * walk.num_attempts)
+            await asyncio.sleep(0.02 * walk.num_vain_attempts)
 
     def _leave(self, walk: Walk, failure: TandemError | None) -> None:
         """However the walk ended: nothing of it goes on anywhere, and the scheduler's ledger hears of it once."""

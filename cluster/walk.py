@@ -76,6 +76,7 @@ class Walk:
         self.inbox: asyncio.Queue[TokenUpdate | RequestFailed | PeerLost] = asyncio.Queue()
         self.epoch = 0
         self.num_attempts = 0
+        self.num_vain_attempts = 0  # since the last token that was new to the client
         self.num_resumptions = 0
         self.excluded: list[str] = []
         self.cached_tokens = 0
@@ -155,6 +156,7 @@ class Walk:
         self._attempt = attempt
         self.epoch = attempt.ticket.epoch
         self.num_attempts += 1
+        self.num_vain_attempts += 1
         self.num_resumptions += self.max_delivered > 0
         self.placed_at = now
         if self.first_placed_at is None:
@@ -256,6 +258,7 @@ class Walk:
                 self.first_token_at = now
                 self.timeline.first_token(now)
             self.last_progress_at = now
+            self.num_vain_attempts = 0
             events.append(self._deliver(choice, ready, skip))
             self.timeline.tokens(len(events[-1].token_ids), choice.last_at, now)
             choice.last_at = now

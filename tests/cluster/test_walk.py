@@ -136,3 +136,16 @@ def test_every_phase_is_in_the_table_and_terminal_ones_go_nowhere():
     assert all(not ALLOWED[phase] for phase in TERMINAL)
     with pytest.raises(AssertionError, match="finished to queued"):
         move(Phase.FINISHED, Phase.QUEUED)
+
+
+def test_attempts_are_in_vain_until_one_brings_a_new_token():
+    """A long stream may be resumed as often as it takes; only attempts that get nowhere are counted against it."""
+    walk = a_walk()
+    for epoch in (2, 3):
+        begin(walk, epoch)
+    assert (walk.num_attempts, walk.num_vain_attempts) == (3, 3)
+    walk.absorb(update(0, [0]), 2.0)
+    assert walk.num_vain_attempts == 0
+    begin(walk, 4)
+    walk.absorb(update(0, [0]), 3.0)  # a repeat
+    assert (walk.num_attempts, walk.num_vain_attempts) == (4, 1)

@@ -277,7 +277,12 @@ def drained_prompts_fail() -> Any:
 
 
 def draining_worker_refuses_for_good() -> Any:
-    return _replaced(decode.worker, "Draining", InternalError)
+    @contextlib.contextmanager
+    def both() -> Iterator[None]:
+        with _replaced(decode.worker, "Draining", InternalError), _replaced(prefill.worker, "Draining", InternalError):
+            yield
+
+    return both()
 
 
 MUTANTS: dict[str, Callable[[], Any]] = {

@@ -94,6 +94,8 @@ def plan(seed: int) -> Plan:
     acts += [_triggered(rng, shape) for _ in range(rng.choice((0, 0, 1, 2, 3)))]
     if rng.random() < 0.15:  # a reservation of which nobody will ever speak again
         acts += [_lost("Prefill", rng.randint(1, 3)), *(_lost("Cancel", nth) for nth in range(1, 5))]
+    if rng.random() < 0.1:  # work on its way to a worker that has begun to drain
+        acts.append(Act(0.0, "drain", "receiver", 0, lasts=2.0, trigger=rng.choice(("Reserve", "Prefill")), nth=rng.randint(1, 6)))
     weather, damage = _weather(rng), _damage(rng)
     is_quiet = rng.random() < 0.08
     if is_quiet:
@@ -173,7 +175,7 @@ def _act(rng: random.Random, shape: Shape) -> Act:
     roles = [("prefill", i) for i in range(shape.num_prefill)] + [("decode", i) for i in range(shape.num_decode)]
     others = [("gateway", i) for i in range(shape.num_gateways)] + [("scheduler", 0)]
     role, index = rng.choice(roles if rng.random() < 0.75 else others)
-    kind = rng.choice(("crash", "crash", "stop", "stop", "stop", "cut", "cut", "half-open", "drain", "slow"))
+    kind = rng.choice(("crash", "crash", "stop", "stop", "stop", "cut", "cut", "half-open", "drain", "drain", "slow"))
     if kind in ("drain", "slow") and role not in ("prefill", "decode"):
         kind = "half-open"
     other_role, other_index = rng.choice([r for r in roles + others if r != (role, index)])
@@ -182,7 +184,7 @@ def _act(rng: random.Random, shape: Shape) -> Act:
         "stop": rng.choice((0.1, 0.7, 2.0, 4.5, 9.0)),
         "cut": rng.choice((0.3, 2.0, 5.0, 8.0)),
         "half-open": 0.0,
-        "drain": rng.choice((0.0, 0.5, 2.0, 4.0)),  # its deadline
+        "drain": rng.choice((0.0, 0.0, 0.1, 0.5, 3.0)),  # its deadline
         "slow": rng.choice((0.5, 3.0)),
     }[kind]
     return Act(rng.uniform(0.3, 4.0), kind, role, index, other_role, other_index, lasts, rng.random() < 0.5)
@@ -200,7 +202,7 @@ def _triggered(rng: random.Random, shape: Shape) -> Act:
     return msgspec.structs.replace(
         act,
         at=rng.choice((0.0, 0.0, 0.003, 0.02, 0.2)),
-        kind="lose" if act.kind in ("drain", "slow", "half-open") else act.kind,
+        kind="lose" if act.kind in ("slow", "half-open") else act.kind,
         role=rng.choice(("sender", "receiver")),
         trigger=rng.choice(TRIGGERS),
         nth=rng.choice((1, 1, 2, 3, 5, 8, 13)),

@@ -377,4 +377,3 @@ class VirtualSender:
         if self._memory.num_damaged > before:
             self._memory.wires.log(self._node, "   a store was damaged")
         return runs
-

@@ -326,7 +326,14 @@ def _pair(world, can_refuse):
     receiver.expect(grant, arrivals)
     sender.open(grant, receiver.endpoint())
     return SimpleNamespace(
-        writer=writer, reader=reader, source=source, target=target, receiver=receiver, sender=sender, arrivals=arrivals, stored=stored
+        writer=writer,
+        reader=reader,
+        source=source,
+        target=target,
+        receiver=receiver,
+        sender=sender,
+        arrivals=arrivals,
+        stored=stored,
     )
 
 
