@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 CALL_TIMEOUT_S = 2.0
+REGISTER_S = 60.0
 CANARY_AFTER_S = 10.0  # an idle worker proves every so often that it can still produce a token (R10)
 
 
@@ -64,7 +65,19 @@ class Agent:
         self._is_due = asyncio.Event()
 
     async def start(self) -> None:
-        await self._register()
+        """Returns when the scheduler knows this worker. One that is just being restarted is waited for, REGISTER_S at most: what
+        was loaded in minutes is not thrown away for its seconds. Raises what the last attempt did."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + REGISTER_S
+        while True:
+            try:
+                await self._register()
+                break
+            except (TandemError, OSError) as error:
+                if clock() >= deadline:
+                    raise
+                log.warning("%s is not registered yet: %s", self.info.name, error)
+            await asyncio.sleep(TICK_S)
         self._tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._tick())]
 
     async def close(self) -> None:

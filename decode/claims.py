@@ -47,14 +47,16 @@ class Claims:
                 self._num_claimed[block] += not self._is_claimed[place]
                 self._is_claimed[place] = 1
 
+    def num_leading(self) -> int:
+        """How many of the first written blocks are full and claimed in all their rows."""
+        num_full = min(len(self.block_hashes), self.grant.num_tokens // self.grant.layout.block_size) - self.grant.num_cached_blocks
+        most = min(num_full, len(self._num_claimed))
+        return next((i for i in range(most) if self._num_claimed[i] != self._num_rows), max(0, most))
+
     def part(self, max_nbytes: int) -> tuple[Grant, Manifest] | None:
-        """The leading full blocks that are claimed in all their rows, as papers of a grant of just those; None: there are none."""
+        """The leading blocks, as papers of a grant of just those; None: there are none."""
         grant, layout = self.grant, self.grant.layout
-        num_full = min(len(self.block_hashes), grant.num_tokens // layout.block_size) - grant.num_cached_blocks
-        most = min(num_full, max_nbytes // layout.block_nbytes)
-        count = 0
-        while count < min(most, len(self._num_claimed)) and self._num_claimed[count] == self._num_rows:
-            count += 1
+        count = min(self.num_leading(), max_nbytes // layout.block_nbytes)
         if count == 0:
             return None
         blocks = grant.block_ids[: grant.num_cached_blocks + count]

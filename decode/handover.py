@@ -153,12 +153,17 @@ class Handover:
         """Before blocks are looked for again for a request: what its last attempt left may be worth finding, once its writer says
         that it has stopped or is seen to be dead. Bounded, and nothing is awaited where nothing is left."""
         end = self._clock() + QUARANTINE_S
-        while any(grant.request_id == request_id for grant in self._inbound.quarantined()) and self._clock() < end:
+        while self._may_find_more(request_id) and self._clock() < end:
             await asyncio.sleep(QUARANTINE_S / 100)
             self.reap()
         keeping = self._keeping.get(request_id)
         if keeping is not None:
             await asyncio.wait((keeping,), timeout=KEEP_TIMEOUT_S)
+
+    def _may_find_more(self, request_id: str) -> bool:
+        """An attempt of it is in quarantine, and signed papers say that whole blocks of it are good."""
+        grants = [grant.grant_id for grant in self._inbound.quarantined() if grant.request_id == request_id]
+        return any(self._claims[grant_id].num_leading() for grant_id in grants if grant_id in self._claims)
 
     # ---- sealing ---------------------------------------------------------------------------------------------------
 

@@ -33,8 +33,8 @@ PIECE_NBYTES = 1 << 20
 class Source:
     """What a sender reads: the part of our pool that one route takes. layout: the whole model's, as it stands in papers.
 
-    Without a route: a pool that is alone, to a decode worker that is alone. digest: only a benchmark gives another. kind: of the
-    digests, as papers name it.
+    Without a route: a pool that is alone, to a decode worker that is alone. digest: None, which only a benchmark
+    says, computes none. kind: of the digests, as papers name it.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Source:
         layout: KVLayout | None = None,
         source: Parallel = ALONE,
         target: Parallel = ALONE,
-        digest: Digest = run_digest,
+        digest: Digest | None = run_digest,
         kind: str = XXH3,
     ) -> None:
         self.whole = layout or pool.layout
@@ -118,9 +118,11 @@ class Transfer:
         """Asserts that the caller stays inside the grant and its own pool."""
         grant = self.grant
         assert 0 <= layer < self.layout.num_layers, f"push of layer {layer} of {self.layout.num_layers}"
-        for block, index in pairs:
-            assert 0 <= block < self._view.num_blocks, f"push of block {block} of {self._view.num_blocks}"
-            assert grant.num_cached_blocks <= index < len(grant.block_ids), f"push to index {index}, outside of the grant"
+        if pairs:
+            blocks, indexes = zip(*pairs, strict=True)
+            assert 0 <= min(blocks) <= max(blocks) < self._view.num_blocks, f"push of {blocks} of {self._view.num_blocks} blocks"
+            inside = grant.num_cached_blocks <= min(indexes) <= max(indexes) < len(grant.block_ids)
+            assert inside, f"push to indexes {indexes}, outside of the grant"
 
     def prepare(self, layer: int, pairs: Sequence[Pair]) -> Prepared:
         """The runs of one push, for a lane: hashed as they are iterated over, in host memory."""
@@ -157,7 +159,10 @@ class Transfer:
         flat, digest = data.reshape(-1).data, self._digest
         place = layer * self._num_written + index - self.grant.num_cached_blocks
         count = data.shape[0]
-        digests = b"".join([digest(flat[i * width : (i + 1) * width]) for i in range(count)])
+        if digest is None:
+            digests = bytes(count * DIGEST_NBYTES)
+        else:
+            digests = b"".join([digest(flat[i * width : (i + 1) * width]) for i in range(count)])
         self._digests[place * DIGEST_NBYTES : (place + count) * DIGEST_NBYTES] = digests
         self._num_hashed += self._is_hashed.count(0, place, place + count)
         self._is_hashed[place : place + count] = b"\x01" * count

@@ -7,7 +7,7 @@ which rectangles there are (layout.py). Used by the sending and the receiving en
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
@@ -59,7 +59,7 @@ class View:
     def write(self, layer: int, blocks: Sequence[int], data: np.ndarray) -> None:
         """data [len(blocks), run_nbytes] into these blocks. np.copyto lets the GIL go, which assigning memoryviews does not."""
         rows = self._parts[layer]
-        for block, start, count in contiguous(list(zip(blocks, range(len(blocks)), strict=True))):
+        for block, start, count in _stretches(blocks):
             np.copyto(rows[block : block + count], data[start : start + count].reshape(count, *rows.shape[1:]))
 
     def digests(self, layer: int, blocks: Sequence[int]) -> bytes:
@@ -76,8 +76,7 @@ class View:
         if not self.is_contiguous:
             return [part.data for block in blocks for part in rows[block]]
         flat, width = rows.reshape(-1).data, self.layout.run_nbytes
-        order = list(zip(blocks, range(len(blocks)), strict=True))
-        return [flat[block * width : (block + count) * width] for block, _, count in contiguous(order)]
+        return [flat[block * width : (block + count) * width] for block, _, count in _stretches(blocks)]
 
     def host_digest(self) -> Callable[[memoryview], bytes]:
         return run_digest
@@ -107,6 +106,14 @@ def view_of(pool: KVPool, area: Area | None = None, digest: str = XXH3) -> AnyVi
     if digest != XXH3:
         raise TransferFailed(f"KV digests of kind {digest!r} are not for host memory, which has {XXH3}")
     return View(pool.runs, pool.layout, area)
+
+
+def _stretches(blocks: Sequence[int]) -> Iterable[tuple[int, int, int]]:
+    """(block, where it is in `blocks`, count) of neighbours in memory. Nearly always one; that is seen at C speed."""
+    count = len(blocks)
+    if count and list(blocks) == list(range(blocks[0], blocks[0] + count)):
+        return ((blocks[0], 0, count),)
+    return contiguous(list(zip(blocks, range(count), strict=True)))
 
 
 def _packed_digest(parts: np.ndarray) -> bytes:

@@ -156,7 +156,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag="worker_info", kw_only=True):
 class PairStats(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """KV between this worker and one other over one transport, cumulative. seconds: from the last run's push to the seal.
 
-    fallbacks: how often the pair had to leave a transport, whichever. stale: papers and frames of grants that were over.
+    fallbacks: how often the pair had to leave a transport, whichever. stale: papers of grants that were over.
     """
 
     peer: str  # incarnation

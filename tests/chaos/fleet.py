@@ -56,13 +56,13 @@ class Life:
         self.started_at = time.monotonic()
         self.ended_at = 0.0
         self.is_stopped = False
-        self.is_killed = False  # by us; that it has ended is heard a little later
+        self.was_killed = False
         self._writer: asyncio.StreamWriter | None = None
         self._calls: dict[int, asyncio.Future[Any]] = {}
 
     @property
     def is_up(self) -> bool:
-        return self.ready.is_set() and not self.ended.is_set() and not self.is_stopped and not self.is_killed
+        return self.ready.is_set() and not self.ended.is_set() and not self.is_stopped and not self.was_killed
 
     @property
     def incarnation(self) -> str:
@@ -74,8 +74,8 @@ class Life:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
-        self.is_killed = self.is_killed or number == signal.SIGKILL
         self.is_stopped = number == signal.SIGSTOP
+        self.was_killed = self.was_killed or number == signal.SIGKILL
 
     async def call(self, do: str, timeout: float = CALL_S, **args: Any) -> Any:
         if self.ended.is_set() or self._writer is None:
@@ -205,6 +205,7 @@ class Fleet:
         self.secret = secrets.token_bytes(32)
         self.restart_s = restart_s
         self.pids: dict[int, int] = {}  # all that ever lived, with their start, so that a recycled pid is not taken for one
+        self.ended_by_themselves: list[str] = []  # "decode:0: -9" where it was not us who killed it
         self.slots: dict[str, Slot] = {}
         for role, count in {"scheduler": 1, **roles}.items():
             for index in range(count):
@@ -300,6 +301,7 @@ class Fleet:
     async def close(self) -> None:
         self._is_closing = True
         for life in self._lives.values():
+            life.was_killed = True
             if life.forked.is_set() and not life.ended.is_set():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(life.pid, signal.SIGKILL)
@@ -352,6 +354,8 @@ class Fleet:
                 life.ending(message["status"])
                 del self._lives[life.ticket]
                 slot = next((s for s in self.slots.values() if s.life is life), None)
+                if slot is not None and not life.was_killed:
+                    self.ended_by_themselves.append(f"{slot.name}: {message['status']}")
                 if slot is not None and slot.restarts and not self._is_closing:
                     self._spawn(self._restart(slot))
 

@@ -157,6 +157,10 @@ class Load:
             if made.fault["id"] == fault_id:
                 made.continued_at = now
 
+    def waiting(self) -> dict[str, int]:
+        """How many streams there are, and how many of them were interrupted and have not had a token since."""
+        return {"streams": len(self._streams), "interrupted": len(self._open)}
+
     async def drain(self, seconds: float) -> dict[str, Any]:
         """No new streams; wait for those that run. What does not end in time is lost."""
         self._is_draining = True

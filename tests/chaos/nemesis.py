@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.fleet import Fleet, Slot
+from tests.chaos.fleet import Fleet, Life, Slot
 
 # (kind, role): how often, of a hundred faults
 WEIGHTS = {
@@ -28,6 +28,7 @@ WEIGHTS = {
 STOP_S = (4.0, 10.0)
 DOUBLE_RATE = 0.3  # of the killed decode workers: a prefill worker follows while it is busy with what they left behind
 DOUBLE_PAUSE_S = (0.05, 0.3)
+MAX_WAIT_S = 5.0
 SETTLE_S = 60.0
 SLOW_S = 5.0
 WARM = {"max_tokens": 8}
@@ -48,6 +49,7 @@ class Nemesis:
     async def run(self, num_faults: int) -> None:
         while len(self.faults) < num_faults:
             await asyncio.sleep(self._rng.uniform(*self._pause_s))
+            await self._let_recover()
             slot, kind = await self._choose()
             await self._strike(slot, kind)
             if (kind, slot.role) == ("kill", "decode") and self._rng.random() < DOUBLE_RATE:
@@ -57,6 +59,17 @@ class Nemesis:
                     await self._strike(self._rng.choice(others), "kill")
         if self._continuing:
             await asyncio.wait(self._continuing)
+
+    async def _let_recover(self) -> None:
+        """Faults overlap, but not until nobody gets anywhere: while a third of the streams wait for their next token, no other
+        fault comes, for a few seconds at most. Otherwise a slow machine would be all that is measured."""
+        gateways = [s.life for s in self.fleet.up("gateway") if s.life is not None]
+        until = time.monotonic() + MAX_WAIT_S
+        while time.monotonic() < until:
+            waiting = await asyncio.gather(*(gateway.call("waiting") for gateway in gateways))
+            if sum(w["interrupted"] for w in waiting) * 3 <= sum(w["streams"] for w in waiting):
+                return
+            await asyncio.sleep(0.1)
 
     async def _choose(self) -> tuple[Slot, str]:
         """A victim that is up, while another of its role is up as well and known to the scheduler; at most one of each role is
@@ -90,13 +103,11 @@ class Nemesis:
         struck = {"slot": slot.name, "at": time.monotonic(), "interrupted": sum(m["interrupted"] for m in marks)}
         self.faults.append({**fault, **struck})
         if kind == "stop":
-            task = asyncio.create_task(self._continue(slot, fault["id"], self._rng.uniform(*self._stop_s)))
+            task = asyncio.create_task(self._continue(life, fault["id"], self._rng.uniform(*self._stop_s)))
             self._continuing.add(task)
             task.add_done_callback(self._continuing.discard)
 
-    async def _continue(self, slot: Slot, fault_id: int, seconds: float) -> None:
-        life = slot.life
-        assert life is not None
+    async def _continue(self, life: Life, fault_id: int, seconds: float) -> None:
         await asyncio.sleep(seconds)
         for gateway in self.fleet.up("gateway"):
             assert gateway.life is not None

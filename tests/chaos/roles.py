@@ -5,7 +5,6 @@ parts as `cluster/deployments.py` does it, without Ray. Runs in children of `zyg
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -149,6 +148,7 @@ async def gateway(spec: dict[str, Any]) -> None:
         "start": load.start,
         "mark": load.mark,
         "continued": load.continued,
+        "waiting": load.waiting,
         "drain": load.drain,
         "report": load.report,
         "in_flight": lambda: made.num_in_flight,
@@ -196,11 +196,7 @@ async def worker(spec: dict[str, Any]) -> None:
     info = msgspec.structs.replace(info, address=spec.get("seen_by_gateways_at") or network.address)
     agent = Agent(made, info, network, finder(spec), config.scheduler.heartbeat_s, canary)
     running = asyncio.create_task(made.run())
-    while True:
-        with contextlib.suppress(WorkerLost):
-            await agent.start()
-            break
-        await asyncio.sleep(0.05)
+    await agent.start()
 
     def check() -> dict[str, Any]:
         assert not running.done(), "the engine loop ended"

@@ -40,6 +40,7 @@ def check(result: dict[str, Any], fleet: Fleet, recovery_s: float) -> None:
     assert result["wrong"] == 0, result["named"]
     assert result["lost"] == 0, result["named"]
     assert result["failed"] == 0, result["named"]
+    assert not fleet.ended_by_themselves, fleet.ended_by_themselves
     assert result["leaked_blocks"] == 0
     assert result["rows"]["all"]["unresolved"] == 0
     assert result["rows"]["all"]["p99_s"] <= recovery_s, result["slow"]

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
 SEED = os.environ.get("TANDEM_CHAOS_SEED", "1")
 NUM_FAULTS = int(os.environ.get("TANDEM_CHAOS_KILLS", "500"))
-NUM_STREAMS = 144
+NUM_STREAMS = 128
 NUM_REAL_FAULTS = 30
 NEAR_TIE = 1e-4  # of two logits in float32, docs/reliability.md
 

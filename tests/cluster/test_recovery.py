@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cluster import agent as agents
 from cluster import wire
 from cluster.agent import Agent, new_gateway_id, new_incarnation
 from cluster.gateway import Gateway, Limits
@@ -19,7 +20,7 @@ from cluster.loopback import Hub
 from cluster.walk import Attempt, Walk
 from cluster.wire import SocketNetwork
 from configs.schema import SchedulerConfig
-from protocol.errors import Draining, NotFound, ReservationRefused, WorkerLost
+from protocol.errors import DeadlineExceeded, Draining, NotFound, ReservationRefused, WorkerLost
 from protocol.kv import KVLayout
 from protocol.messages import Admit, GatewayBeat, Message, Ok, WorkerBeat, WorkerInfo, WorkerStats
 from protocol.request import Request, SamplingParams
@@ -248,6 +249,31 @@ async def until(condition: Callable[[], Any], seconds: float = 2.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("error", [WorkerLost("away"), DeadlineExceeded("no answer"), OSError("no route")])
+async def test_a_worker_that_is_ready_waits_for_a_scheduler_that_is_being_restarted(monkeypatch, error):
+    """A registration that was not answered once ended the worker's start, and with it minutes of loading a model."""
+    monkeypatch.setattr(agents, "TICK_S", 0.01)
+    hub = Hub(encoded=True)
+    register = Register(hub.network("s"))
+    await register.network.serve(register.handle, lambda peer: None)
+    worker, network, faults = FakeWorker(), hub.network("w"), [error, error, error]
+    await network.serve(register.handle, lambda peer: None)
+
+    async def find() -> str:
+        if faults:
+            raise faults.pop(0)
+        return "s:0"
+
+    agent = Agent(worker, info(), network, find)
+    await agent.start()
+    assert isinstance(register.heard[0], WorkerInfo)
+    await agent.close()
+    faults += [error] * 100
+    monkeypatch.setattr(agents, "REGISTER_S", 0.05)
+    with pytest.raises(type(error)):
+        await Agent(worker, info(), network, find).start()
 
 
 @pytest.mark.parametrize("place", ["find", "stats", "registration"])

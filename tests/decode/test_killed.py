@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import decode.handover
 from cluster.wire import SocketNetwork
 from decode.worker import DecodeWorker, Settings
 from engine.blocks import BlockPool
@@ -151,8 +152,9 @@ async def test_killed_after_some_chunks(transport):
         await setup.close()
 
 
-async def test_the_next_attempt_waits_for_a_death_that_is_about_to_be_seen():
+async def test_the_next_attempt_waits_for_a_death_that_is_about_to_be_seen(monkeypatch):
     """Connections of a killed process break a little before its end is seen: the retry that comes in between still finds the KV."""
+    monkeypatch.setattr(decode.handover, "QUARANTINE_S", 10.0)  # on a loaded machine it takes a process long to die
     setup = Setup("shm")
     await setup.start()
     try:

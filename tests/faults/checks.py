@@ -260,5 +260,8 @@ class Checks:
         elif isinstance(terminal[0], Failed):
             self._report(f"liveness: {request_id} failed: {terminal[0].failure}")
         else:
+            drains = {act.role for act in self._plan.acts if act.kind == "drain"}  # who prefilled and goes at once is missed
+            if self._plan.is_quiet and "prefill" not in drains and terminal[0].usage.num_resumptions:
+                self._report(f"{request_id} was resumed, and nothing worse has happened than a drain with much time")
             self.numbers["resumptions"] += terminal[0].usage.num_resumptions
             self.numbers["cached_tokens"] += terminal[0].usage.cached_tokens

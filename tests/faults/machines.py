@@ -29,7 +29,7 @@ from cluster.scheduler_service import SchedulerService
 from configs.schema import SchedulerConfig
 from decode.worker import DecodeWorker
 from engine.blocks import BlockPool
-from kvtransfer.group import Connector
+from kvtransfer.group import Connector, RankTransfers
 from kvtransfer.handoff import written_blocks
 from kvtransfer.outgoing import Source
 from kvtransfer.pool import KVPool
@@ -38,13 +38,15 @@ from kvtransfer.transport import OnStored
 from kvtransfer.view import View
 from prefill.worker import PrefillWorker
 from protocol.errors import TandemError
-from protocol.kv import KVEndpoint
+from protocol.kv import KVEndpoint, ProcessRef
 from protocol.messages import Outcome, WorkerInfo
+from protocol.parallel import ALONE, Parallel
 from protocol.request import Request
 from protocol.ticket import Landed
 from scheduler.scheduler import Scheduler
 from tests.faults.model import LAYOUT, Chains, LightRunner
-from tests.faults.stores import Memory, VirtualReceiver
+from tests.faults.ranks import RankWire, part, place
+from tests.faults.stores import Memory
 from tests.faults.virtual_loop import CURRENT, Node, VirtualLoop
 from tests.faults.wire import VirtualNetwork, Wires
 
@@ -72,7 +74,12 @@ class Shape:
     transfer_timeout_s = 3.0
     limits = Limits(queue_timeout_s=60.0, prefill_timeout_s=8.0, token_timeout_s=5.0, request_timeout_s=150.0, lease_s=4.0)
     caching = True
+    prefill_parallel = ALONE
+    decode_parallel = ALONE
     mean_output = 128.0  # tokens of an answer, as the scheduler believes; too few, and decode workers have to preempt
+
+    def parallel(self, role: str) -> Parallel:
+        return self.prefill_parallel if role == "prefill" else self.decode_parallel
 
 
 class Outcomes:
@@ -102,6 +109,7 @@ class Machine:
         self.worker: Any = None
         self.kv: KVPool | None = None
         self.agent: Agent | None = None
+        self.push_of_other_ranks: Callable[[str, int, Any], bool]
         self.watched: list[int] = []  # descriptors that tell others of its death
         self.drains: asyncio.Task[None] | None = None
         self.slowness = 1.0  # how many times longer than usual its steps take
@@ -233,10 +241,6 @@ class Machines:
     async def _decode(self, machine: Machine) -> None:
         shape, node = self.shape, machine.node
         engine = self._engine(machine, shape.decode_blocks)
-        receivers: dict[str, VirtualReceiver] = {
-            "shm": self.memory.receiver(node, engine.kv, can_refuse=False),
-            "tcp": self.memory.receiver(node, engine.kv, can_refuse=True),
-        }
         settings = decode.worker.Settings(
             incarnation=node.name,
             layout=LAYOUT,
@@ -245,19 +249,50 @@ class Machines:
             max_num_batched_tokens=shape.decode_batched_tokens,
         )
         compute, verify = self._compute(machine, shape.decode_step_s), self._compute(machine, shape.decode_step_s / 2)
+        own, *others = (self._rank_receivers(machine, rank, verify) for rank in range(shape.decode_parallel.num_ranks))
+        wires = {rank: self._rank_wire(machine, other.handle) for rank, other in enumerate(others, 1)}
+        callers = {rank: (wire, others[rank - 1].endpoints()) for rank, wire in wires.items()}
         worker = DecodeWorker(
             settings,
             engine.runner,
             engine.pool,
-            GroupReceivers(RankReceivers(engine.kv, receivers, verify)),
+            GroupReceivers(own, callers),
             machine.network,
             node.clock,
             compute,
             SECRET,
         )
-        for receiver in receivers.values():
-            receiver.worker = worker
         await self._work(machine, worker, engine, compute)
+
+    def _rank_receivers(self, machine: Machine, rank: int, verify: Any) -> RankReceivers:
+        assert machine.kv is not None
+        pool = part(machine.kv, self.shape.decode_parallel, rank)
+        receivers = {
+            "shm": self.memory.receiver(machine, pool, can_refuse=False),
+            "tcp": self.memory.receiver(machine, pool, can_refuse=True),
+        }
+        return RankReceivers(pool, receivers, verify, place(self.shape.decode_parallel, rank))
+
+    def _rank_wire(self, machine: Machine, handle: Any) -> RankWire:
+        wire = RankWire(self.wires, machine.node, self.rng, lambda: machine.slowness > 1.0, self._report)
+        wire.handle = handle
+        return wire
+
+    def _ranks(self, machine: Machine) -> tuple[Connector, list[RankWire]]:
+        """What a prefill worker's leader has of KV, and the connections to its other ranks, which push as well."""
+        parallel, node = self.shape.prefill_parallel, machine.node
+        wires = []
+        for rank in range(1, parallel.num_ranks):
+            pool = part(machine.kv, parallel, rank)
+            connector = Connector(pool, SECRET, node.name, place(parallel, rank), node=node)
+            wire = self._rank_wire(machine, None)
+            transfers = RankTransfers(connector, None, wire.tell)
+            wire.handle = transfers.handle
+            wires.append(wire)
+            machine.push_of_other_ranks = transfers.push
+        pool = part(machine.kv, parallel, 0)
+        others = dict(enumerate(wires, 1))
+        return Connector(pool, SECRET, node.name, place(parallel, 0), others, node=node), wires
 
     async def _prefill(self, machine: Machine) -> None:
         shape, node = self.shape, machine.node
@@ -270,20 +305,32 @@ class Machines:
             boot_id=node.host,
             pid=machine.pid,
             start_ticks=0,
+            parallel=shape.prefill_parallel,
+            ranks=(ProcessRef(node.host, machine.pid, 0),) * shape.prefill_parallel.num_ranks,
             max_num_seqs=shape.max_num_seqs,
             max_num_batched_tokens=shape.prefill_batched_tokens,
             transfer_timeout_s=shape.transfer_timeout_s,
         )
 
-        connector = Connector(engine.kv, SECRET, node.name, node=node)
+        connector, wires = self._ranks(machine)
         compute = self._compute(machine, shape.prefill_step_s)
         worker = PrefillWorker(settings, engine.runner, engine.pool, connector, machine.network, node.clock, compute, SECRET)
+        for wire in wires:
+            wire.on_told = worker.on_rank_landed
         await self._work(machine, worker, engine, compute)
 
     def _engine(self, machine: Machine, num_blocks: int) -> Engine:
         machine.kv = kv = KVPool(LAYOUT, num_blocks)
         pool = BlockPool(num_blocks, LAYOUT.block_size, self.shape.caching)
-        runner = LightRunner(kv, self.chains, lambda story: self._report(f"{machine.node.name}: {story}"), self.on_step)
+        parallel = self.shape.parallel(machine.role)
+        runner = LightRunner(
+            kv,
+            self.chains,
+            lambda story: self._report(f"{machine.node.name}: {story}"),
+            self.on_step,
+            LAYOUT.num_layers // parallel.num_ranks,
+            lambda grant_id, pairs: machine.push_of_other_ranks(grant_id, 0, pairs),
+        )
         return Engine(None, LAYOUT, kv, pool, runner, MAX_MODEL_LEN)  # type: ignore[arg-type]
 
     async def _work(self, machine: Machine, worker: Any, engine: Engine, compute: Any) -> None:
@@ -303,6 +350,7 @@ class Machines:
             pid=machine.pid,
             host=node.host,
             device="cpu",
+            parallel=self.shape.parallel(machine.role),
         )
         proof = canary(engine, worker, compute, node.clock)
         agent = machine.agent = Agent(worker, info, machine.network, self._find_scheduler, 1.0, proof)

@@ -99,11 +99,21 @@ class Chains:
 class LightRunner:
     """What prefill/ and decode/ use of `engine.runner.ModelRunner`."""
 
-    def __init__(self, kv: KVPool, chains: Chains, report: Callable[[str], None], on_step: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        kv: KVPool,
+        chains: Chains,
+        report: Callable[[str], None],
+        on_step: Callable[[str], None],
+        num_own_layers: int = NUM_LAYERS,
+        push_of_others: Callable[[str, Any], object] = lambda grant_id, pairs: None,
+    ) -> None:
         self._kv = kv.runs.view(np.uint64).reshape(NUM_LAYERS, kv.num_blocks, 2, BLOCK_SIZE)
         self._chains = chains
         self._report = report
         self._on_step = on_step  # told of each request that a step computes for
+        self._num_own_layers = num_own_layers  # the first ones; the others lie on other ranks, each of which has one
+        self._push_of_others = push_of_others
 
     def run(self, chunks: SequenceOf[Chunk], on_layer: Callable[[int], None] | None = None, extras: Any = None) -> StepResult:
         assert chunks, "a step without work"
@@ -115,7 +125,10 @@ class LightRunner:
         for layer in range(NUM_LAYERS):
             for blocks, slots, cells in fresh:
                 self._kv[layer, blocks, :, slots] = cells[:, layer]
-            if on_layer is not None:
+            if layer >= self._num_own_layers:
+                for grant_id, pairs in getattr(extras, "pushes", ()):
+                    self._push_of_others(grant_id, pairs)
+            elif on_layer is not None:
                 on_layer(layer)
         samples = [sample for chunk in chunks if chunk.samples for sample in self._sample(chunk)]
         return StepResult(samples, {}, _STATS)

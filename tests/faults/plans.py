@@ -9,9 +9,11 @@ import random
 
 import msgspec
 
+from protocol.parallel import ALONE
 from protocol.request import Request, SamplingParams
 from tests.faults.machines import MODEL, Shape
 from tests.faults.model import BLOCK_SIZE, VOCAB_SIZE
+from tests.faults.ranks import PAIR
 
 STOP_EVERY = 11  # the detokenizer finds a stop string at tokens divisible by it, for requests that ask for one
 STOP = "STOP"
@@ -84,6 +86,8 @@ def plan(seed: int) -> Plan:
     shape.decode_batched_tokens = rng.choice((10, 24, 64))
     shape.threshold = rng.choice((0, 6, 10))
     shape.caching = rng.random() < 0.85
+    shape.prefill_parallel = rng.choice((ALONE, ALONE, ALONE, PAIR))
+    shape.decode_parallel = rng.choice((ALONE, ALONE, ALONE, PAIR))
     shape.mean_output = rng.choice((128.0, 128.0, 1.0))
     wanted = [_wanted(rng, shape, i) for i in range(rng.choice((3, 4, 6, 8, 12)))]
     acts = sorted((_act(rng, shape) for _ in range(rng.choice((0, 1, 1, 2, 2, 3, 4, 6, 8)))), key=lambda act: act.at)
@@ -95,7 +99,9 @@ def plan(seed: int) -> Plan:
     if is_quiet:
         weather, damage = {"delay_s": 0.001}, {"delay_s": 0.002}
         acts = [Act(rng.uniform(0.5, 3.0), "crash", "gateway", 0, lasts=2.0, flag=True)] if rng.random() < 0.5 else []
-    peace_at = max([4.0, *((3.0 if act.trigger else act.at) + act.lasts for act in acts)])
+        acts += [Act(rng.uniform(0.3, 3.0), "drain", role, 0, lasts=30.0) for role in ("prefill", "decode") if rng.random() < 0.5]
+    ends = [(3.0 if act.trigger else act.at) + (act.lasts if act.kind != "drain" else 0.0) for act in acts]
+    peace_at = max([4.0, *ends])
     return Plan(seed, shape, wanted, acts, weather, damage, peace_at, is_quiet)
 
 

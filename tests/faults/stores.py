@@ -27,7 +27,6 @@ import numpy as np
 from kvtransfer.arrivals import Arrivals
 from kvtransfer.handoff import InboundPhase
 from kvtransfer.outgoing import Source, Transfer, never_pushed, tell_stored
-from kvtransfer.pool import KVPool
 from kvtransfer.transport import OnStored, Pair, TransferStats
 from kvtransfer.view import View
 from protocol.errors import DeadlineExceeded, HandshakeRefused, TransferFailed
@@ -73,10 +72,12 @@ class Memory:
         self.num_refused = 0
         self.num_damaged = 0
 
-    def receiver(self, node: Node, pool: KVPool, *, can_refuse: bool) -> VirtualReceiver:
+    def receiver(self, machine: Any, pool: Any, *, can_refuse: bool) -> VirtualReceiver:
+        """machine: of the decode worker, with its node and (later) its worker. pool: of one rank, a KVPool or like one."""
+        node = machine.node
         number = len(self.receivers) + 1
         endpoint = TcpEndpoint(node.name, number) if can_refuse else ShmEndpoint(node.host, number, number, number, pool.nbytes)
-        made = self.receivers[endpoint] = VirtualReceiver(self, node, pool, endpoint, can_refuse)
+        made = self.receivers[endpoint] = VirtualReceiver(self, machine, pool, endpoint, can_refuse)
         return made
 
     def sender(self, node: Node, source: Source, endpoint: KVEndpoint, on_stored: OnStored | None = None) -> VirtualSender:
@@ -93,11 +94,11 @@ class Memory:
 class VirtualReceiver:
     """See `kvtransfer.transport.Receiver`."""
 
-    def __init__(self, memory: Memory, node: Node, pool: KVPool, endpoint: KVEndpoint, can_refuse: bool) -> None:
-        self.node = node
+    def __init__(self, memory: Memory, machine: Any, pool: Any, endpoint: KVEndpoint, can_refuse: bool) -> None:
+        self.node: Node = machine.node
         self.pool = pool
         self.can_refuse = can_refuse
-        self.worker: Any = None  # the decode worker, to check against
+        self._machine = machine
         self._memory = memory
         self._endpoint = endpoint
         self._live: dict[str, tuple[Grant, Arrivals | None]] = {}
@@ -141,11 +142,12 @@ class VirtualReceiver:
 
     def _check(self, grant: Grant, block: int) -> None:
         """R2: this grant holds the block, in use or in quarantine, and its writer has not given its word that it stopped."""
-        inbound = self.worker.handover._inbound
+        worker = self._machine.worker
+        inbound = worker.handover._inbound
         phase = inbound.phase(grant.grant_id)
         self._memory.num_late += phase is InboundPhase.QUARANTINED
         if phase not in (InboundPhase.RESERVED, InboundPhase.QUARANTINED):
-            state = self.worker.pool.state(block).value
+            state = worker.pool.state(block).value
             what = phase.value if phase is not None else "over"
             self._memory.report(f"a store into block {block} ({state}) of {self.node.name}, but {grant.grant_id} is {what}")
 

@@ -9,9 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kvtransfer.arrivals import Arrivals
 from kvtransfer.handoff import InboundPhase
+from kvtransfer.layout import Place
+from kvtransfer.outgoing import Source
 from kvtransfer.pool import KVPool
-from protocol.errors import DeadlineExceeded, TransferFailed, WorkerLost
+from protocol.errors import DeadlineExceeded, HandshakeRefused, TransferFailed, WorkerLost
 from protocol.messages import GatewayBeat, Ok, WriterDone
 from protocol.ticket import Grant
 from tests.faults.model import LAYOUT
@@ -260,29 +263,71 @@ def test_nobody_there_nobody_answering_and_a_successor():
     run(go)
 
 
+def test_a_descriptor_that_becomes_readable():
+    async def go(world):
+        told = []
+        world.loop.add_reader(7, told.append, "dead")
+        world.loop.readable(7)
+        world.loop.readable(8)
+        await asyncio.sleep(0.1)
+        assert told == ["dead"]
+        assert world.loop.remove_reader(7)
+        world.loop.readable(7)
+        await asyncio.sleep(0.1)
+        assert told == ["dead"]
+
+    run(go)
+
+
+@pytest.mark.parametrize("how", ["dead", "cut", "unmappable", "another host"])
+def test_an_endpoint_that_is_not_reached(how):
+    async def go(world):
+        can_refuse = how in ("dead", "cut")
+        pair = _pair(world, can_refuse)
+        assert await pair.sender.ready(1.0) is None
+        if how == "dead":
+            pair.reader.node.kill()
+        elif how == "cut":
+            world.wires.cut(pair.reader.node, pair.writer)
+        elif how == "unmappable":
+            world.memory.damage.unmappable = 1.0
+        else:
+            pair.writer.host = "elsewhere"
+        with pytest.raises(HandshakeRefused):
+            await world.memory.sender(pair.writer, Source(pair.source), pair.receiver.endpoint()).ready(1.0)
+
+    run(go)
+
+
 # ---- stores ----------------------------------------------------------------------------------------------------------
 
 
-class _Worker:
-    """What a receiver looks at to judge a store."""
+class _Machine:
+    """A decode worker as its receivers see it."""
 
-    def __init__(self) -> None:
+    def __init__(self, node) -> None:
+        self.node = node
         self.phase = InboundPhase.RESERVED
-        self.handover = SimpleNamespace(_inbound=SimpleNamespace(phase=lambda grant_id: self.phase))
-        self.pool = SimpleNamespace(state=lambda block: SimpleNamespace(value="free"))
+        self.worker = SimpleNamespace(
+            handover=SimpleNamespace(_inbound=SimpleNamespace(phase=lambda grant_id: self.phase)),
+            pool=SimpleNamespace(state=lambda block: SimpleNamespace(value="free")),
+        )
 
 
 def _pair(world, can_refuse):
-    writer, reader = world.node("writer"), world.node("reader")
+    writer, reader = world.node("writer"), _Machine(world.node("reader"))
     source, target = KVPool(LAYOUT, 4), KVPool(LAYOUT, 4)
     source.runs[:] = np.random.default_rng(1).integers(0, 256, source.runs.shape)
     receiver = world.memory.receiver(reader, target, can_refuse=can_refuse)
-    receiver.worker = _Worker()
-    sender = world.memory.sender(writer, source, receiver.endpoint())
+    stored = []
+    sender = world.memory.sender(writer, Source(source), receiver.endpoint(), lambda *what: stored.append(what))
     grant = Grant("g", "r", 1, "d", "p", (1, 2), 0, 8, LAYOUT, 10.0, (receiver.endpoint(),), "d:1")
-    receiver.expect(grant)
+    arrivals = Arrivals(grant, Place(LAYOUT))
+    receiver.expect(grant, arrivals)
     sender.open(grant, receiver.endpoint())
-    return SimpleNamespace(writer=writer, reader=reader, source=source, target=target, receiver=receiver, sender=sender)
+    return SimpleNamespace(
+        writer=writer, reader=reader, source=source, target=target, receiver=receiver, sender=sender, arrivals=arrivals, stored=stored
+    )
 
 
 def _push(pair):
@@ -297,6 +342,9 @@ def test_stores_land_and_have_digests(can_refuse):
         _push(pair)
         digests = await pair.sender.finish("g", 1.0)
         assert len(digests) == 2 * LAYOUT.num_layers * 16
+        assert pair.arrivals.is_complete == can_refuse
+        assert [(layer, first) for _, layer, first, _ in pair.stored] == [(0, 0), (1, 0)]
+        assert b"".join(told for *_, told in pair.stored) == digests
         assert np.array_equal(pair.target.runs[:, [1, 2]], pair.source.runs[:, [0, 3]])
         assert not world.problems
 
@@ -312,7 +360,7 @@ def test_a_mapped_store_freezes_with_its_writer_and_lands_when_it_goes_on():
         assert not pair.receiver.forget("g")
         await asyncio.sleep(10.0)
         assert not pair.target.runs.any()
-        pair.receiver.worker.phase = None  # given back although its writer owes its word
+        pair.reader.phase = None  # given back although its writer owes its word
         pair.writer.resume()
         await asyncio.sleep(1.0)
         assert pair.target.runs.any()
