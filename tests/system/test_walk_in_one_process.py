@@ -157,3 +157,26 @@ async def test_logprobs_survive_the_hand_over():
         events = await events_of(made, request(list(range(30)), logprobs=1))
     entries = [entry for event in events[:-1] for entry in event.logprobs]
     assert [entry.token for entry in entries] == oracle(list(range(30)), 8)
+
+
+async def test_a_hand_over_is_in_the_requests_timeline_and_in_the_links():
+    """What workers measure reaches the history: both phases of prefill, the transfer, and whose link it went over."""
+    wanted = request(list(range(40)))
+    async with cluster() as made:
+        await events_of(made, wanted)
+        await made.settle()
+        prefill = next(worker for worker in made.workers if worker.stats().pairs and worker.stats().transfer_s > 0)
+        (pair,) = prefill.stats().pairs
+        assert (pair.transport, pair.transfers) == ("memory", 1)
+        history = made.service.history
+        async with asyncio.timeout(10):
+            while not (history.requests("", "finished", 1) and history.snapshot(300, False, 0.0)["pools"]["links"]):
+                await asyncio.sleep(0.05)
+        found = history.request(wanted.request_id)
+        (link,) = history.snapshot(300, False, 0.0)["pools"]["links"]
+    marks = {mark["name"]: mark["at_ms"] for mark in found["timeline"]}
+    order = ["received", "admitted", "reserved", "prefill_start", "prefill_end", "transfer_end", "end"]
+    assert [marks[name] for name in order] == sorted(marks[name] for name in order)
+    assert marks["transfer_end"] > marks["prefill_end"]
+    assert (found["request"]["prefill_worker"], found["request"]["decode_worker"]) == ("prefill:0", "decode:0")
+    assert (link["from"], link["to"], link["transport"], link["failures"]) == ("prefill:0", "decode:0", "memory", 0)
