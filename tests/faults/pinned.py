@@ -1,22 +1,34 @@
-"""Seeds that found something once, what it was, and which mutant puts it back."""
+"""Seeds that meet what once was wrong, what it was, and where to begin to look for what a mutant breaks.
+
+A change to plans.py, or to what the product does, gives seeds another history: find new ones with the mutants.
+"""
 
 from __future__ import annotations
 
 PINNED: dict[int, str] = {
-    2: "a hand-shake whose answer was lost left a quarantine that nobody could lift: decode knew the writer, the writer no link",
-    66: "an Admit whose answer was lost was waited for until the queue's deadline, two minutes by default",
-    558: "prefill's GoneAway crossed the wire as an InternalError, so a request failed that another attempt would have saved",
+    654: "a hand-shake whose answer was lost left a quarantine that nobody could lift: decode knew the writer, the writer no link",
+    5: "an Admit whose answer was lost was waited for until the queue's deadline, two minutes by default",
+    295: "prefill's GoneAway crossed the wire as an InternalError, so a request failed that another attempt would have saved",
 }
 
-# Where to begin to look for what a mutant breaks; the others are noticed within ten seeds.
+# The others are noticed within ten seeds.
 NOTICED_BY: dict[str, int] = {
-    "released_without_the_writers_word": 21,
-    "epoch_ignored_at_the_gateway": 85,
-    "leases_never_end": 15,
-    "dead_gateways_work_goes_on": 37,
-    "cancel_not_sent": 32,
-    "dead_workers_still_placed": 51,
-    "verifying_blocks_released_on_cancel": 29,
-    "admission_asked_once": 66,
-    "own_errors_unknown_to_others": 558,
+    "digest_check_skipped": 21,
+    "source_released_before_it_was_read": 27,
+    "silence_taken_for_death": 26,
+    "epoch_ignored_at_the_gateway": 81,
+    "outcome_dropped": 13,
+    "leases_never_end": 17,
+    "dead_gateways_work_goes_on": 53,
+    "dead_workers_still_placed": 23,
+    "verifying_blocks_released_on_cancel": 18,
+    "own_errors_unknown_to_others": 295,
+    "unfinished_handshake_not_owed": 654,
+    "claims_believed": 283,
+    "kept_under_another_hash": 29,
+    "told_digests_believed": 21,
+    "hashed_is_good": 24,
+    "draining_is_the_requests_fault": 59,
+    "drained_prompts_fail": 11,
+    "draining_worker_refuses_for_good": 27,
 }

@@ -56,6 +56,8 @@ def test_seeds_that_once_found_something(seed):
     _check(seed)
 
 
+@pytest.mark.more  # minutes: some are noticed by one seed in hundreds only
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_missing_safeguard_is_noticed(name):
     with MUTANTS[name]():
