@@ -73,7 +73,7 @@ async def test_a_decode_worker_that_drains_ends_what_it_can_and_hands_over_the_r
         going = decoding()[0]
         going.worker.is_draining = True
         going.beat_now()
-        await going.worker.drain(0.3)
+        await going.worker.drain(0.05)
         assert going.worker.is_idle
         assert going.worker.pool.num_used == 0
         for i, task in enumerate(short):
