@@ -288,9 +288,18 @@ def build(fake: FakeCluster, pace_s: float = 1.0) -> FastAPI:
             usage = {"prompt_tokens": 21, "completion_tokens": len(words)}
             yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n"
 
-        played = {**fake.requests[0], "id": "play-1", "resumptions": 0, "queue_ms": 2.0, "prefill_ms": 290.0, "tpot_ms": 30.0}
+        name, number = http.headers["x-request-id"], int(fake.requests[0]["id"][4:], 16) + 1
+        played = {
+            **fake.requests[0],
+            "id": f"req-{number:08x}",
+            "client_id": name,
+            "resumptions": 0,
+            "queue_ms": 2.0,
+            "prefill_ms": 290.0,
+            "tpot_ms": 30.0,
+        }
         fake.requests.insert(0, {**played, "output_tokens": len(words), "tenant": "default", "e2e_ms": 300 + 30 * len(words)})
-        return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-request-id": "play-1"})
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"x-request-id": name})
 
     @app.post("/fake")
     async def jump(http: HttpRequest) -> Response:

@@ -112,6 +112,7 @@ class Machine:
         self.push_of_other_ranks: Callable[[str, int, Any], bool]
         self.watched: list[int] = []  # descriptors that tell others of its death
         self.drains: asyncio.Task[None] | None = None
+        self.num_stops = 0
         self.slowness = 1.0  # how many times longer than usual its steps take
 
     @property
@@ -189,8 +190,10 @@ class Machines:
             assert machine.agent is not None
             machine.worker.is_draining = True
             machine.agent.beat_now()
+            num_stops = machine.num_stops
             await machine.worker.drain(deadline_s)
-            if jobs := machine.worker.in_flight():
+            jobs = machine.worker.in_flight()
+            if jobs and machine.num_stops == num_stops:  # else it had no time at all
                 self._report(f"{machine.node.name} has drained and still holds {jobs}")
             await machine.agent.close()
             await machine.network.close()
@@ -206,6 +209,7 @@ class Machines:
 
     def stop(self, machine: Machine) -> None:
         machine.node.stop()
+        machine.num_stops += 1
         self.wires.review()
 
     def resume(self, machine: Machine) -> None:
