@@ -65,6 +65,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class PrefillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The prefill pool."""
 
+    min_replicas: Annotated[
+        CountOrAuto | None, says("fewest prefill workers when pools are sized to their load; none: replicas")
+    ] = None
+    max_replicas: Annotated[CountOrAuto | None, says("most of them; none: replicas, so the pool keeps its size")] = None
+    price_per_hour: Annotated[Price, says("money for an hour of a prefill worker")] = 0.0
+    is_spot: Annotated[bool, says("prefill workers may be taken away at short notice")] = False
     replicas: Annotated[CountOrAuto, says("prefill workers; 0: decode workers prefill for themselves")] = 1
     max_num_batched_tokens: Annotated[Count, says("prompt tokens in one prefill step")] = 512
     max_num_seqs: Annotated[Count, says("prompts in one prefill step")] = 16
@@ -80,6 +86,12 @@ class PrefillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The decode pool."""
 
+    min_replicas: Annotated[
+        CountOrAuto | None, says("fewest decode workers when pools are sized to their load; none: replicas")
+    ] = None
+    max_replicas: Annotated[CountOrAuto | None, says("most of them; none: replicas, so the pool keeps its size")] = None
+    price_per_hour: Annotated[Price, says("money for an hour of a decode worker")] = 0.0
+    is_spot: Annotated[bool, says("decode workers may be taken away at short notice")] = False
     replicas: Annotated[Count, says("decode workers")] = 1
     max_num_seqs: Annotated[Count, says("sequences in one decode step")] = 64
     max_num_batched_tokens: Annotated[Count, says("tokens in one decode step, prompts it prefills itself included")] = 256
@@ -121,7 +133,11 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Order, admission, placement, liveness, and the promise."""
 
-    policy: Annotated[Literal["fcfs"], says("order of the queue")] = "fcfs"
+    policy: Annotated[
+        Literal["fcfs", "priority", "fair", "slo"],
+        says("order of the queue: arrival; bands; bands, then tenants' fair shares; the same, then deadlines that can be kept"),
+    ] = "slo"
+    tenants_file: Annotated[str | None, says("YAML with classes and tenants, read again when it changes; none: one of each")] = None
     max_queue_requests: Annotated[Count, says("waiting requests, then 429 or 503")] = 1024
     max_queue_tokens: Annotated[int, Meta(ge=1, le=10**12), says("prompt tokens waiting, then 429 or 503")] = 4_000_000
     max_queue_bytes: Annotated[Bytes, says("memory of what waits, then 429 or 503")] = 256 * 2**20
@@ -137,6 +153,15 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 20.0
     ttft_target_s: Annotated[Seconds, says("the promise: time to first token")] = 2.0
     tpot_target_s: Annotated[Seconds, says("the promise: time per output token; decode workers are filled up to it")] = 0.2
+    retry_budget: Annotated[
+        float, Meta(ge=0, le=1), says("share of admitted requests that may be clients' own retries while requests are refused")
+    ] = 0.2
+    max_deflected_share: Annotated[
+        float, Meta(ge=0, le=1), says("share of a decode worker's step time that prompts deflected to it may take; 0: none are")
+    ] = 0.5
+    max_decisions: Annotated[Count, says("decisions kept for `tandem explain`")] = 10_000
+    switch_roles: Annotated[bool, says("let a worker change its role when one pool is short for long and the other is not")] = False
+    switch_cooldown_s: Annotated[Seconds, says("between two changes of roles")] = 60.0
     attainment_target: Annotated[float, Meta(gt=0, le=0.99999), says("the promise: share of requests that keep both times")] = 0.99
     input_price: Annotated[Price | None, says("money for a million prompt tokens, in SLA reports; none: no cost is shown")] = None
     cached_price: Annotated[Price | None, says("the same for prompt tokens from a cache; none: as others")] = None
@@ -193,7 +218,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 # Known values of other systems that are refused with a reason rather than a list of choices.
 REFUSALS = {
     "model.quantization": "weights run as they are stored; quantized weights are not built yet",
-    "scheduler.policy": "only fcfs (first come, first served) is built",
     "transfer.verify": "KV that nobody verified is never read, so this cannot be switched off",
 }
 

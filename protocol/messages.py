@@ -30,6 +30,8 @@ class Admit(msgspec.Struct, frozen=True, tag="admit", kw_only=True):
     prefix_hashes: chained hashes of the prompt's whole hash-blocks. excluded: incarnations that just failed it.
     resumption: it was running and goes to the head of the queue. deadline_s: give up after so long in the queue.
     local_prefill: the decode worker must prefill by itself (choices that already differ cannot share one prefill).
+    ttft_slo_s, tpot_slo_s: the request's own promise, never looser than its class's; none: the class's. is_retry: the client
+    says that it was refused before. waited_s: since the gateway has had it, which its promise counts too.
     """
 
     request_id: str
@@ -47,6 +49,10 @@ class Admit(msgspec.Struct, frozen=True, tag="admit", kw_only=True):
     last_epoch: int = 0
     deadline_s: float = 600.0
     client_id: str = ""  # for people who look for it
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    is_retry: bool = False
+    waited_s: float = 0.0
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
@@ -151,6 +157,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag="worker_info", kw_only=True):
     can_prefill: bool = True
     parallel: Parallel = ALONE
     rank_pids: tuple[int, ...] = ()  # of its ranks, in their order; pid is the first of them
+    max_num_batched_tokens: int = 0  # of one step; 0: not told
+    price_per_hour: float = 0.0
+    is_spot: bool = False
+    is_overflow: bool = False  # takes only what no other worker can take in time
 
 
 class PairStats(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
