@@ -29,6 +29,7 @@ ENDPOINTS = {
     "GET /metrics": "Prometheus, text format 0.0.4",
     "GET /dashboard": "promises per tenant, pools, requests, events, a playground",
     "GET /admin/sla": "promises and what was kept, per tenant: json, csv or md (also /admin/sla.csv)",
+    "GET /admin/decisions/{id}": "one decision of the scheduler: candidates, predictions, choice, what came true",
     "GET /version": "",
     "GET /load": "",
     "GET /openapi.json": "",
@@ -47,7 +48,7 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
 
     async def tokenize(http: HttpRequest) -> Response:
         body = validate(TokenizeBody, await read_json(http, service.settings))
-        card = find_model(body.model, service.backend.models())
+        card = find_model(body.model, service.check_model(body.model, http.state.tenant))
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("either prompt or messages is needed, and not both", param="prompt")
         if body.prompt is not None:
@@ -65,7 +66,7 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
 
     async def detokenize(http: HttpRequest) -> Response:
         body = validate(DetokenizeBody, await read_json(http, service.settings))
-        card = find_model(body.model, service.backend.models())
+        card = find_model(body.model, service.check_model(body.model, http.state.tenant))
         size = max(card.vocab_size, tokenizer.vocab_size)
         for token in body.tokens:
             if not 0 <= token < size:
