@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -56,13 +56,20 @@ UNBUILT_ROUTES = {
 
 
 class Service:
-    """What the routes share: the backend, the tokenizer, the settings, and what is going on here now."""
+    """What the routes share: the backend, the tokenizers, the settings, and what is going on here now."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, settings: Settings) -> None:
+    def __init__(self, backend: Backend, tokenizer: Tokenizer | Mapping[str, Tokenizer], settings: Settings) -> None:
         self.backend = backend
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.settings = settings
         self.num_in_flight = 0
+
+    def tokenizer_of(self, name: str | None) -> Tokenizer:
+        """Of the model that a client calls so. Raises NotFound."""
+        if not isinstance(self._tokenizer, Mapping):
+            return self._tokenizer
+        card = find_model(name, self.backend.models())
+        return self._tokenizer[card.model or card.id]
 
     async def answer(self, http: HttpRequest, job: Job) -> Response:
         """Generate, and answer as a stream or as a whole. Until the first event an error is an HTTP status."""
@@ -87,7 +94,7 @@ class Service:
                 raise from_failure(first[0][1].failure)
             response = EventStream(
                 relay,
-                ChunkEncoder(job, self.tokenizer),
+                ChunkEncoder(job, self.tokenizer_of(job.model)),
                 first,
                 watcher,
                 self.settings.keep_alive_s,
@@ -101,7 +108,7 @@ class Service:
                 await close()
 
     async def _whole(self, relay: Relay, job: Job) -> Response:
-        answer = WholeAnswer(job, self.tokenizer)
+        answer = WholeAnswer(job, self.tokenizer_of(job.model))
         while not answer.is_complete:
             batch = await relay.take()
             if relay.is_abandoned:
@@ -135,13 +142,15 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     async def completions(http: HttpRequest) -> Response:
         data, received_at = await read_json(http, service.settings), time.monotonic()
         cards = service.backend.models()
-        job = await completion_job(validate(CompletionBody, data), http.state.tenant, cards, service.tokenizer, service.settings)
+        body = validate(CompletionBody, data)
+        job = await completion_job(body, http.state.tenant, cards, service.tokenizer_of(body.model), service.settings)
         return await service.answer(http, with_origin(job, http, received_at))
 
     async def chat_completions(http: HttpRequest) -> Response:
         data, received_at = await read_json(http, service.settings), time.monotonic()
         cards = service.backend.models()
-        job = await chat_job(validate(ChatBody, data), http.state.tenant, cards, service.tokenizer, service.settings)
+        body = validate(ChatBody, data)
+        job = await chat_job(body, http.state.tenant, cards, service.tokenizer_of(body.model), service.settings)
         return await service.answer(http, with_origin(job, http, received_at))
 
     async def models() -> Response:
