@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -30,8 +31,11 @@ from protocol.errors import InternalError, InvalidRequest, TandemError
 log = logging.getLogger(__name__)
 
 
-def build_app(backend: Backend, tokenizer: Tokenizer, settings: Settings | None = None) -> FastAPI:
-    """Every route of DESIGN's endpoint. The app holds no loop and no connection until it is called."""
+def build_app(backend: Backend, tokenizer: Tokenizer | Mapping[str, Tokenizer], settings: Settings | None = None) -> FastAPI:
+    """Every route of DESIGN's endpoint. The app holds no loop and no connection until it is called.
+
+    tokenizer: of every model, or one for each, by the name under which its workers register it.
+    """
     settings = settings or Settings()
     keeper = Doorkeeper(settings, backend.tenants)
     app = FastAPI(

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -59,14 +59,23 @@ UNBUILT_ROUTES = {
 
 
 class Service:
-    """What the routes share: the backend, the tokenizer, the settings, and what is going on here now."""
+    """What the routes share: the backend, the tokenizers, the settings, and what is going on here now."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, settings: Settings, keeper: Doorkeeper) -> None:
+    def __init__(
+        self, backend: Backend, tokenizer: Tokenizer | Mapping[str, Tokenizer], settings: Settings, keeper: Doorkeeper
+    ) -> None:
         self.backend = backend
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.settings = settings
         self.keeper = keeper
         self.num_in_flight = 0
+
+    def tokenizer_of(self, name: str | None) -> Tokenizer:
+        """Of the model that a client calls so. Raises NotFound."""
+        if not isinstance(self._tokenizer, Mapping):
+            return self._tokenizer
+        card = find_model(name, self.backend.models())
+        return self._tokenizer[card.model or card.id]
 
     # ---- rights ----------------------------------------------------------------------------------------------------
 
@@ -76,15 +85,15 @@ class Service:
         cards = self.backend.models()
         return cards if allowed is None else [card for card in cards if card.id in allowed or card.model in allowed]
 
-    def check_model(self, name: str | None, tenant: str) -> list[ModelCard]:
-        """The cards that this tenant may use. Raises ModelForbidden (403) for a model that others have; one that nobody has is
-        `find_model`'s to refuse."""
+    def model_for(self, name: str | None, tenant: str) -> tuple[list[ModelCard], Tokenizer]:
+        """The models of this tenant, and the tokenizer of the one called so (of the first one without a name). Raises ModelForbidden
+        (403) for a model that only others have, NotFound (404) for one that nobody has."""
         cards = self.cards_of(tenant)
         is_missing = (not cards or name is not None) and all(card.id != name for card in cards)
         if is_missing and any(name is None or card.id == name for card in self.backend.models()):
             text = f"tenant {tenant} has no access to the model {(name or 'that is served here')[:100]}"
             raise ModelForbidden(text, param="model")
-        return cards
+        return cards, self.tokenizer_of(find_model(name, cards).id)
 
     def judged(self, http: HttpRequest, body: SamplingBody) -> Judged:
         """Raises InvalidRequest that names the header and the right."""
@@ -93,7 +102,7 @@ class Service:
     def _judged_again(self, http: HttpRequest, body: SamplingBody) -> Callable[[Request], Request]:
         def rejudge(request: Request) -> Request:
             http.state.tenant = tenant = self.keeper.caller(http.headers.getlist("authorization")).tenant
-            self.check_model(body.model, tenant)
+            self.model_for(body.model, tenant)
             salt = self.settings.cache_salt(tenant, body.cache_salt or "")
             return under(self.judged(http, body), msgspec.structs.replace(request, cache_salt=salt))
 
@@ -126,7 +135,7 @@ class Service:
                 return Response(status_code=CLIENT_GONE)
             if first and isinstance(first[0][1], Failed):
                 raise from_failure(first[0][1].failure)
-            encoder = ChunkEncoder(_served_by(job, placed), self.tokenizer)
+            encoder = ChunkEncoder(_served_by(job, placed), self.tokenizer_of(job.model))
             response = EventStream(relay, encoder, first, watcher, self.settings.keep_alive_s, timeout_s, close)
             response.headers.update(degraded_headers(placed))
             is_handed_on = True
@@ -152,7 +161,7 @@ class Service:
                 return placed, first
 
     async def _whole(self, relay: Relay, job: Job) -> Response:
-        answer = WholeAnswer(job, self.tokenizer)
+        answer = WholeAnswer(job, self.tokenizer_of(job.model))
         while not answer.is_complete:
             batch = await relay.take()
             if relay.is_abandoned:
@@ -206,15 +215,15 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     async def completions(http: HttpRequest) -> Response:
         data, received_at = await read_json(http, service.settings), time.monotonic()
         body = validate(CompletionBody, data)
-        judged, cards = service.judged(http, body), service.check_model(body.model, http.state.tenant)
-        job = await completion_job(body, judged.tenant, cards, service.tokenizer, service.settings)
+        judged, (cards, tokenizer) = service.judged(http, body), service.model_for(body.model, http.state.tenant)
+        job = await completion_job(body, judged.tenant, cards, tokenizer, service.settings)
         return await service.answer(http, with_origin(job, judged, http, received_at), body)
 
     async def chat_completions(http: HttpRequest) -> Response:
         data, received_at = await read_json(http, service.settings), time.monotonic()
         body = validate(ChatBody, data)
-        judged, cards = service.judged(http, body), service.check_model(body.model, http.state.tenant)
-        job = await chat_job(body, judged.tenant, cards, service.tokenizer, service.settings)
+        judged, (cards, tokenizer) = service.judged(http, body), service.model_for(body.model, http.state.tenant)
+        job = await chat_job(body, judged.tenant, cards, tokenizer, service.settings)
         return await service.answer(http, with_origin(job, judged, http, received_at), body)
 
     async def models(http: HttpRequest) -> Response:

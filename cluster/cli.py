@@ -147,6 +147,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     layers.add_argument(
         "--set", dest="sets", metavar="KEY=VALUE", action="append", default=[], help="any key of `tandem config show`"
     )
+    layers.add_argument(
+        "--also",
+        metavar="MODEL[,KEY=VALUE...]",
+        action="append",
+        default=[],
+        help="a further model with pools of its own (once for each), such as `--also toy,decode.replicas=2`",
+    )
+    layers.add_argument(
+        "--overflow",
+        metavar="URL[,NAME=VALUE...]",
+        action="append",
+        default=[],
+        help="an OpenAI-compatible server that takes what the workers here cannot take in time, such as http://host:8000/v1,model=NAME",
+    )
     options = parser.add_argument_group("options, each another name of one key")
     for flag in FLAGS:
         _add_option(options, flag)
@@ -158,7 +172,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     for flag in FLAGS:
         if flag.key in ("gateway.host", "gateway.port", "gateway.api_key"):
             _add_option(parser, flag)
-    parser.set_defaults(model=None, preset=None, config=None, sets=[])
+    parser.set_defaults(model=None, preset=None, config=None, sets=[], also=[], overflow=[])
 
 
 def _add_option(group: Any, flag: Flag) -> None:
@@ -179,7 +193,7 @@ def _unknown_option(given: str, command: str | None) -> ConfigError:
     if name in ELSEWHERE:
         return ConfigError(f"{name}: {ELSEWHERE[name]}", param=name)
     known = [flag.flag for flag in FLAGS] + [flag.negative for flag in FLAGS if flag.negative]
-    known += ["--preset", "--config", "--set", "--json", "--help"]
+    known += ["--preset", "--config", "--set", "--also", "--overflow", "--json", "--help"]
     nearest = difflib.get_close_matches(name, known, 1, 0.6)
     hint = f"did you mean {nearest[0]}?" if nearest else f"`tandem {command or ''} --help` lists what there is".replace("  ", " ")
     what = "option" if name.startswith("-") else "argument"
@@ -191,7 +205,7 @@ def resolve(args: argparse.Namespace, env: dict[str, str] | None = None) -> Reso
     flags = {flag.key: getattr(args, flag.dest) for flag in FLAGS if getattr(args, flag.dest, None) is not None}
     if args.model is not None:
         flags["model.name"] = args.model
-    return load(args.preset, args.config, dict(os.environ) if env is None else env, flags, args.sets)
+    return load(args.preset, args.config, dict(os.environ) if env is None else env, flags, args.sets, args.also, args.overflow)
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -23,12 +23,13 @@ from typing import Any
 import msgspec
 
 from configs.load import Resolved
-from configs.schema import Config
+from configs.schema import Config, ModelConfig
 from protocol.errors import ConfigError, TandemError
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "tandem"
+POLICY = "cluster.sizes:policy"
 FOLDER_PREFIX = "tandem-"
 QUESTION = "What does the prefill worker do, and what does the decode worker do?"
 POLL_S = 0.1
@@ -96,41 +97,46 @@ class Interrupts:
 
 def _with_absolute_path(config: Config) -> Config:
     """Files are named from where the user stands; the workers stand elsewhere."""
-    if config.model.chat_template is not None:
-        template = str(Path(config.model.chat_template).expanduser().resolve())
-        config = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, chat_template=template))
-    path = Path(config.model.name).expanduser()
-    if not path.is_dir() or config.model.name in ("bundled", "toy"):
-        return config
-    served = config.model.served_name or config.model.name
-    return msgspec.structs.replace(
-        config, model=msgspec.structs.replace(config.model, name=str(path.resolve()), served_name=served)
-    )
+    also = tuple(msgspec.structs.replace(one, model=_found_from_anywhere(one.model)) for one in config.also)
+    return msgspec.structs.replace(config, model=_found_from_anywhere(config.model), also=also)
+
+
+def _found_from_anywhere(model: ModelConfig) -> ModelConfig:
+    if model.chat_template is not None:
+        model = msgspec.structs.replace(model, chat_template=str(Path(model.chat_template).expanduser().resolve()))
+    path = Path(model.name).expanduser()
+    if not path.is_dir() or model.name in ("bundled", "toy"):
+        return model
+    return msgspec.structs.replace(model, name=str(path.resolve()), served_name=model.served_name or model.name)
 
 
 def _banner(resolved: Resolved) -> None:
     from models.locate import locate
 
     config = resolved.config
-    model = config.model
-    print(f"Tandem: {model.served_name or model.name} from {locate(model.name, model.revision)}")
-    if model.name == "bundled":
-        print("        a 3-million-parameter demonstration model, trained on Python's standard library and questions about Tandem:")
-        print("        it is here to show the walk, not to be wise")
-    if model.name == "toy":
-        print("        a hash function in the shape of a model: its text means nothing, and any wrong byte of KV changes it")
-    print(
-        f"        {_pool_size(config, 'prefill')} + {_pool_size(config, 'decode')}, device {model.device}, "
-        f"KV over {config.transfer.transport}, cores {len(os.sched_getaffinity(0))}"
-    )
+    for i, one in enumerate(config.each()):
+        model = one.model
+        print(f"{'Tandem:' if i == 0 else '    and'} {one.served_name} from {locate(model.name, model.revision)}")
+        if model.name == "bundled":
+            print("        a 3-million-parameter demonstration model, trained on Python's standard library and questions about")
+            print("        Tandem: it is here to show the walk, not to be wise")
+        if model.name == "toy":
+            print("        a hash function in the shape of a model: its text means nothing, and any wrong byte of KV changes it")
+        print(
+            f"        {_pool_size(one, 'prefill')} + {_pool_size(one, 'decode')}, device {model.device}, "
+            f"KV over {config.transfer.transport}, cores {len(os.sched_getaffinity(0))}"
+        )
+    for server in config.overflow:
+        print(f"        overflow to {server.url}, {server.max_num_seqs} requests at once")
     for note in resolved.notes:
         print(f"        note: {note}")
     sys.stdout.flush()
 
 
 def _pool_size(config: Config, role: str) -> str:
-    replicas, parallel = config.get(f"{role}.replicas"), config.parallel(role)
-    return f"{replicas} {role}" + (f" of {parallel} ranks" if replicas and parallel.num_ranks > 1 else "")
+    pool, parallel = config.pool(role), config.parallel(role)
+    size = f"{pool.replicas}" if pool.fewest == pool.most else f"{pool.replicas} ({pool.fewest} to {pool.most})"
+    return f"{size} {role}" + (f" of {parallel} ranks" if pool.replicas and parallel.num_ranks > 1 else "")
 
 
 @contextlib.contextmanager
@@ -250,9 +256,30 @@ def _deploy(config: Any, secret: bytes, line: Line) -> Any:
         },
     )
     line("Serve is up")
-    serve.api._run(application(config, secret), _blocking=False, name=APP_NAME, route_prefix="/")
+    if config.is_sized:
+        _apply(config, secret)
+    else:
+        serve.api._run(application(config, secret), _blocking=False, name=APP_NAME, route_prefix="/")
     line("deployed: gateway, workers")
     return actor
+
+
+def _apply(config: Config, secret: bytes) -> None:
+    """As a Serve config file does it, for only there can an application have an autoscaling policy. Slower by the process in which
+    Serve then builds the application."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+    application = ServeApplicationSchema(
+        name=APP_NAME,
+        route_prefix="/",
+        import_path="cluster.app:build",
+        args={"config": msgspec.to_builtins(config), "secret": secret.decode()},
+        autoscaling_policy={"policy_function": POLICY},
+    )
+    client = _get_global_client()
+    assert client is not None, "serve.start comes first"
+    client.deploy_apps(ServeDeploySchema(applications=[application]))
 
 
 def _url(config: Any) -> str:
@@ -324,7 +351,7 @@ def _last_line(message: str) -> str:
 
 
 def _say_hello(config: Any, line: Line) -> None:
-    model = config.model.served_name or config.model.name
+    model = config.served_name
     key = " -H 'Authorization: Bearer '$TANDEM_GATEWAY_API_KEY" if config.gateway.api_key else ""
     url = _url(config)
     line(f"ready: {url}/v1   dashboard: {url}/dashboard")
@@ -346,7 +373,7 @@ def _watch(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop
     """
     known: dict[str, str] = {}
     missed: set[str] = set()
-    expected = config.prefill.replicas + config.decode.replicas
+    expected = sum(one.prefill.replicas + one.decode.replicas for one in config.each())
     while not stop.is_set():
         status = _print_phases(actor, seen, line) if len(known) < expected or missed else _status(actor)
         if status:

@@ -120,7 +120,7 @@ class LocalCluster:
 
     async def _start_scheduler(self) -> None:
         network = self._hub.network("scheduler")
-        metrics = ClusterMetrics(assembly.served_name(self.config), promises_of(self.config.scheduler))
+        metrics = ClusterMetrics(self.config.served_name, promises_of(self.config.scheduler))
         scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
         self.service = SchedulerService(scheduler, network, asyncio.get_running_loop().time, metrics)
         await self.service.start()

@@ -29,6 +29,11 @@ DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, WSL2
 
 def examine(config: Config) -> None:
     """Raises ModelError or ConfigError: one sentence that names the file or the key, and what to do."""
+    for one in config.each():
+        _examine_model(one)
+
+
+def _examine_model(config: Config) -> None:
     name, revision = config.model.name, config.model.revision
     folder = locate(name, revision)
     if revision is not None and (name in BUILT_IN or os.path.isdir(os.path.expanduser(name))):

@@ -161,6 +161,20 @@ class AskHistory(msgspec.Struct, frozen=True, tag="ask_history", kw_only=True):
     window_s: float = 300.0
 
 
+class Notice(msgspec.Struct, frozen=True, tag="notice"):
+    """A machine goes away in so many seconds. worker: the name of a worker, or a host's: all workers there. -> Noticed;
+    Failure("NotFound")"""
+
+    worker: str
+    seconds: float
+
+
+class Noticed(msgspec.Struct, frozen=True, tag="noticed"):
+    """Who was told, by name."""
+
+    workers: tuple[str, ...]
+
+
 class Metrics(msgspec.Struct, frozen=True, tag="metrics"):
     """The whole cluster in Prometheus text format 0.0.4."""
 
@@ -268,6 +282,23 @@ class WorkerPhase(msgspec.Struct, frozen=True, tag="worker_phase"):
     phase: str
     detail: str
     elapsed_s: float
+
+
+# ---- scheduler -> worker -------------------------------------------------------------------------------------------
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """Your machine goes away in so many seconds: take nothing new, end or hand over what runs, then end. -> Ok, at once"""
+
+    seconds: float
+
+
+class SwitchRole(msgspec.Struct, frozen=True, tag="switch_role"):
+    """Drain, then come back in the other role with the same model, as another incarnation. -> Ok, at once; Failure when it
+    cannot."""
+
+    incarnation: str
+    role: str
 
 
 # ---- gateway -> worker ---------------------------------------------------------------------------------------------
@@ -407,10 +438,14 @@ Message = (
     | Status
     | AskMetrics
     | AskHistory
+    | Notice
+    | Noticed
     | Metrics
     | WorkerInfo
     | WorkerBeat
     | WorkerPhase
+    | Leave
+    | SwitchRole
     | Reserve
     | Grant
     | Prefill
