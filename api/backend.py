@@ -42,7 +42,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: SHA-256 (hex) of each key that does not come from the tenants file -> its tenant; without any key here or there none
     is asked for. operators: of these tenants, those that may see everybody's figures; empty: every one may. salt_secret: the
     cluster's, so that every gateway salts a tenant's prefix blocks alike. proxy_names_requests: whoever stands in front puts
-    X-Request-Id on answers already, as Ray Serve's proxy does. promise_*: what the dashboard measures against.
+    X-Request-Id on answers already, as Ray Serve's proxy does. priority_crosses_tenants: the queue goes by priorities before it
+    looks at tenants (scheduler.policy priority), so that nobody may name one above the others'. promise_*: what the dashboard
+    measures against.
     """
 
     api_keys: dict[str, str] = {}
@@ -55,6 +57,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     slow_client_timeout_s: float = 60.0
     max_sequences: int = 256  # prompts x n of one HTTP request
     not_ready_retry_s: float = 2.0  # how long a probe should wait before it asks again
+    priority_crosses_tenants: bool = False
     proxy_names_requests: bool = False
     promise_ttft_s: float = 1.0
     promise_tpot_s: float = 0.1

@@ -93,6 +93,7 @@ class Relay:
             except TandemError as error:
                 last = Failed(to_failure(error))
                 break
+        assert last is not None
         self._put(prompt, last)
 
     async def _forward(self, prompt: int, request: Request) -> Finished | Failed | None:

@@ -4,7 +4,8 @@
     x-slo-ttft-ms     a promise of its own, tighter than its class's and no tighter than the tightest class of the tenant
     x-slo-tpot-ms     the same for each further token
     priority          in the body, or x-priority: as vLLM has it, lower comes earlier. It orders a tenant's own requests among
-                      themselves, so it takes nothing from another tenant
+                      themselves, so it takes nothing from another tenant; under --scheduling-policy priority, which knows no
+                      tenants, only operators may name one below 0
     x-tandem-retry    above 0: refused before (OpenAI's clients say it by themselves, in x-stainless-retry-count)
 
 What goes beyond a right is refused with 400, the header and the right; nothing is cut silently. Pure; called by `routes.py`, again
@@ -36,7 +37,7 @@ class Judged(NamedTuple):
     claim: Claim
 
 
-def judge(headers: Headers, priority: int | None, tenant: str, in_force: InForce) -> Judged:
+def judge(headers: Headers, priority: int | None, tenant: str, in_force: InForce, priority_crosses_tenants: bool = False) -> Judged:
     """priority: the body's. Raises InvalidRequest that names the header and the right."""
     rights = in_force.tenants.tenant(tenant)
     allowed = [name for name in rights.allowed_classes if name in in_force.tenants.classes]
@@ -52,7 +53,8 @@ def judge(headers: Headers, priority: int | None, tenant: str, in_force: InForce
         is_retry=_is_retry(headers),
         tenants_version=in_force.version,
     )
-    return Judged(tenant, chosen, _priority(headers, priority), claim)
+    least = 0 if priority_crosses_tenants and in_force.version and not rights.is_operator else -MAX_PRIORITY
+    return Judged(tenant, chosen, _priority(headers, priority, least, tenant), claim)
 
 
 def _one(headers: Headers, name: str) -> str:
@@ -87,7 +89,7 @@ def _own(headers: Headers, name: str, promised_s: float, least_s: float, slo_cla
     return min(value_s, promised_s)
 
 
-def _priority(headers: Headers, priority: int | None) -> int:
+def _priority(headers: Headers, priority: int | None, least: int, tenant: str) -> int:
     name, text = PRIORITY, _one(headers, PRIORITY)
     if not text and priority is None:
         return 0
@@ -102,6 +104,12 @@ def _priority(headers: Headers, priority: int | None) -> int:
         name, given = "priority", priority or 0
     if abs(given) > MAX_PRIORITY:
         raise InvalidRequest(f"{name}: from -{MAX_PRIORITY} (earlier) to {MAX_PRIORITY} (later); got {str(given)[:40]}", param=name)
+    if given < least:
+        raise InvalidRequest(
+            f"{name}: {given} would be served before other tenants' requests (--scheduling-policy priority); tenant {tenant} "
+            f"may name {least} or above",
+            param=name,
+        )
     return given
 
 

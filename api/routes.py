@@ -86,8 +86,8 @@ class Service:
         return cards if allowed is None else [card for card in cards if card.id in allowed or card.model in allowed]
 
     def model_for(self, name: str | None, tenant: str) -> tuple[list[ModelCard], Tokenizer]:
-        """The models of this tenant, and the tokenizer of the one called so (of the first one without a name). Raises ModelForbidden
-        (403) for a model that only others have, NotFound (404) for one that nobody has."""
+        """The models of this tenant, and the tokenizer of the one called so (of the first one without a name). Raises
+        ModelForbidden (403) for a model that only others have, NotFound (404) for one that nobody has."""
         cards = self.cards_of(tenant)
         is_missing = (not cards or name is not None) and all(card.id != name for card in cards)
         if is_missing and any(name is None or card.id == name for card in self.backend.models()):
@@ -97,7 +97,8 @@ class Service:
 
     def judged(self, http: HttpRequest, body: SamplingBody) -> Judged:
         """Raises InvalidRequest that names the header and the right."""
-        return judge(http.headers, body.priority, http.state.tenant, self.backend.tenants())
+        crosses = self.settings.priority_crosses_tenants
+        return judge(http.headers, body.priority, http.state.tenant, self.backend.tenants(), crosses)
 
     def _judged_again(self, http: HttpRequest, body: SamplingBody) -> Callable[[Request], Request]:
         def rejudge(request: Request) -> Request:

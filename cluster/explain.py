@@ -1,7 +1,7 @@
-"""One decision of the scheduler in words: what came in, what was promised, who could have had it, what was chosen, what came true.
+"""One decision of the scheduler in words: what came in, what was promised, who could have had it, the choice, what came true.
 
-`explained` makes the document of GET /admin/decisions/{id} from what `Scheduler.explain` remembers and the history's row of the same
-request; `show` is `tandem explain`. Its fields:
+`explained` makes the document of GET /admin/decisions/{id} from what `Scheduler.explain` remembers and the history's row of the
+same request; `show` is `tandem explain`. Its fields:
 
     id          of the request; request: what came in (client_id model tenant class priority prompt_tokens max_tokens ...)
     promise     ttft_s tpot_s: its class's, or its own where it asked for tighter ones
@@ -71,11 +71,14 @@ def words(found: dict[str, Any]) -> list[str]:
     out = [f"request {found['id']}{client}"]
     retry = ", refused before" if asked.get("is_retry") else ""
     out.append(
-        f"tenant {asked.get('tenant')}, class {asked.get('class')}, model {asked.get('model')}, priority {asked.get('priority', 0)}: "
-        f"{asked.get('prompt_tokens')} prompt tokens, at most {asked.get('max_tokens')} out{retry}"
+        f"tenant {asked.get('tenant')}, class {asked.get('class')}, model {asked.get('model')}, "
+        f"priority {asked.get('priority', 0)}: {asked.get('prompt_tokens')} prompt tokens, "
+        f"at most {asked.get('max_tokens')} out{retry}"
     )
     if promise.get("ttft_s") is not None:
-        out.append(f"promised: first token within {_seconds(promise['ttft_s'])}, each further one {_seconds(promise.get('tpot_s'))}")
+        out.append(
+            f"promised: first token within {_seconds(promise['ttft_s'])}, each further one {_seconds(promise.get('tpot_s'))}"
+        )
     for step in found.get("steps") or ():
         out.append(f"after {_seconds(step.get('at_s', 0.0))}: {_step(step)}")
     possible = [one for one in found.get("candidates") or () if not one.get("why_not")]

@@ -120,10 +120,8 @@ class History:
 
     def set_tenants(self, tenants: Tenants) -> None:
         """The tenants file that is in force from now on: promises by class, prices by tenant (the cluster's where it has none)."""
-        prices_of = {
-            name: Prices(*(own if own is not None else general for own, general in zip(_prices(one.price), _prices(self._prices))))
-            for name, one in tenants.tenants.items()
-        }  # fmt: skip
+        own = {name: Prices(one.price.input, one.price.cached, one.price.output) for name, one in tenants.tenants.items()}
+        prices_of = {name: prices for name, prices in own.items() if prices != Prices()}
         self.sla.set_table(promises_in(tenants), prices_of, tenants.tenants)
 
     # ---- what happens ------------------------------------------------------------------------------------------------
@@ -472,10 +470,6 @@ def promises_of(config: SchedulerConfig) -> dict[str, Promise]:
 def promises_in(tenants: Tenants) -> dict[str, Promise]:
     """What each class of a tenants file is promised."""
     return {name: Promise(one.ttft_s, one.tpot_s, one.attainment) for name, one in tenants.classes.items()}
-
-
-def _prices(of: Any) -> tuple[float | None, float | None, float | None]:
-    return of.input, of.cached, of.output
 
 
 def mark_document(mark: Mark) -> dict[str, Any]:

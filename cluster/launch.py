@@ -97,6 +97,9 @@ class Interrupts:
 
 def _with_absolute_path(config: Config) -> Config:
     """Files are named from where the user stands; the workers stand elsewhere."""
+    if config.scheduler.tenants_file is not None:
+        file = str(Path(config.scheduler.tenants_file).expanduser().resolve())
+        config = msgspec.structs.replace(config, scheduler=msgspec.structs.replace(config.scheduler, tenants_file=file))
     also = tuple(msgspec.structs.replace(one, model=_found_from_anywhere(one.model)) for one in config.also)
     return msgspec.structs.replace(config, model=_found_from_anywhere(config.model), also=also)
 

@@ -8,7 +8,6 @@ changes. The scheduler takes weights, bands, buckets and shares from here, the g
 from __future__ import annotations
 
 import difflib
-import functools
 import hashlib
 import math
 import re
@@ -290,7 +289,7 @@ def _named(key: yaml.Node, body: yaml.Node, here: _Place, most: int) -> Iterator
 
 def _struct(kind: type[Any], key: yaml.Node, body: yaml.Node, here: _Place) -> tuple[Any, dict[str, yaml.Node]]:
     """One struct, field by field, and where each field stands. A field that is null counts as left away."""
-    expected, (fields, hints) = EXPECTED[kind], _shape(kind)
+    expected, (fields, hints) = EXPECTED[kind], _SHAPES[kind]
     values: dict[str, Any] = {}
     nodes: dict[str, yaml.Node] = {}
     for name, at, value in () if _is_null(body) else _pairs(body, here, tuple(expected)):
@@ -313,10 +312,12 @@ def _struct(kind: type[Any], key: yaml.Node, body: yaml.Node, here: _Place) -> t
     return kind(**values), nodes
 
 
-@functools.cache
-def _shape(kind: type[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _shape_of(kind: type[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fields by their name in the file, types by their name in the struct."""
     return {info.encode_name: info for info in msgspec.structs.fields(kind)}, get_type_hints(kind, include_extras=True)
+
+
+_SHAPES = {kind: _shape_of(kind) for kind in EXPECTED}
 
 
 def _blamed(node: yaml.Node, plain: Any, hint: Any) -> tuple[yaml.Node, Any]:

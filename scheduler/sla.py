@@ -237,7 +237,8 @@ class Sla:
         """One row per tenant and class that was seen in the window, and one for each promise, seen or not.
 
         tenant class, ttft tpot (p50 p95 p99, seconds), promise (ttft_s tpot_s attainment), attainment, budget_left, goodput_per_s,
-        requests finished failed cancelled degraded, refused (reason -> count), tokens (input cached output), cost (None without prices)
+        requests finished failed cancelled degraded, refused (reason -> count), tokens (input cached output), cost (None without
+        prices)
         """
         self._begin(now)
         size = SLOT_S if window_s <= FINE_S else MINUTE_S
