@@ -209,6 +209,7 @@ def read_tenants(text: str, source: str, reserved: Mapping[str, str] | None = No
         return _tenants(root, _Place(source, ""), reserved or {})
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        line = max(1, min(line, len(text.splitlines())))  # what is missing at the end is told of the last line
         raise TenantsError(source, line, f"it is not YAML: {getattr(error, 'problem', None) or error}") from None
     except RecursionError:
         raise TenantsError(source, 1, "it is nested too deeply") from None
@@ -299,7 +300,7 @@ def _struct(kind: type[Any], key: yaml.Node, body: yaml.Node, here: _Place) -> t
         if name == "price":
             values[name], _ = _struct(Price, at, value, here.below(name))
             continue
-        plain = _plain(value, here.below(name))
+        plain = _texts(value) if name == "api_keys" else _plain(value, here.below(name))
         try:
             values[fields[name].name] = msgspec.convert(plain, hints[fields[name].name])
         except msgspec.ValidationError:
@@ -339,6 +340,13 @@ def _plain(node: yaml.Node, here: _Place) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise here.refuse(node, f"must be finite; got {value}")
     return value
+
+
+def _texts(node: yaml.Node) -> Any:
+    """Digests as they are written: one of nothing but digits would be a number."""
+    if not isinstance(node, yaml.SequenceNode):
+        return None
+    return [item.value for item in node.value]
 
 
 def _is_null(node: yaml.Node) -> bool:

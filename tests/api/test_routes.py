@@ -47,7 +47,8 @@ def all_routes() -> list[tuple[str, str]]:
         ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/m"),
         ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/tokenizer_info"), ("GET", "/load"),
         ("GET", "/dashboard/data"), ("GET", "/dashboard/requests"), ("GET", "/admin/sla"), ("GET", "/admin/sla.csv"),
-        ("GET", "/dashboard/requests/known"), ("GET", "/admin/decisions/known"), ("GET", "/openapi.json"), *(("GET", path) for path in OPEN),
+        ("GET", "/dashboard/requests/known"), ("GET", "/admin/decisions/known"),
+        ("GET", "/openapi.json"), *(("GET", path) for path in OPEN),
         *(("POST", path) for path in UNBUILT_ROUTES),
     ]  # fmt: skip
 

@@ -130,7 +130,7 @@ WRONG = [
     (HEAD + f"tenants:\n  x:\n    class: fast\n    api_keys: [{A}, {B}, {A}]\n", 7, "x's already (line 7)"),
     (HEAD + f"tenants:\n  x: {{class: fast, api_keys: [{A}]}}\n  y: {{class: fast, api_keys: [{A}]}}\n", 6, "x's already (line 5)"),
     (HEAD + "tenants:\n  x: &x {class: fast}\n  y:\n    <<: *x\n", 7, "uses `<<`"),
-    (HEAD + "tenants:\n  x: [\n", 6, "not YAML"),
+    (HEAD + "tenants:\n  x: [\n", 5, "not YAML"),
     (HEAD + "tenants:\n\tx: 1\n", 5, "not YAML"),
     (HEAD + "--- \ntenants: {}\n", 4, "not YAML"),
     (HEAD + "tenants: &t {x: *t}\n", 4, "unknown key 'x'"),
