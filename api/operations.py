@@ -29,6 +29,7 @@ ENDPOINTS = {
     "GET /metrics": "Prometheus, text format 0.0.4",
     "GET /dashboard": "promises per tenant, pools, requests, events, a playground",
     "GET /admin/sla": "promises and what was kept, per tenant: json, csv or md (also /admin/sla.csv)",
+    "POST /admin/workers/{name}/notice": 'its machine goes away: {"seconds": 30}',
     "GET /version": "",
     "GET /load": "",
     "GET /openapi.json": "",

@@ -16,6 +16,7 @@ import msgspec
 
 from cluster.history import History
 from cluster.metrics import ClusterMetrics
+from cluster.pools import Pools
 from protocol.errors import Failure, NotFound, TandemError, from_failure
 from protocol.messages import (
     Admit,
@@ -25,6 +26,7 @@ from protocol.messages import (
     GatewayBeat,
     Message,
     Metrics,
+    Notice,
     Ok,
     Outcome,
     Progress,
@@ -59,6 +61,7 @@ class SchedulerService:
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._workers: dict[Peer, str] = {}  # -> incarnation: a broken connection is quicker than a missed beat
         self._gone: OrderedDict[str, tuple[float, float]] = OrderedDict()  # request_id -> its last epoch, told when
+        self._pools = Pools(scheduler, self._workers, lambda *what: self._note(self._role_switched, *what))
         self._ticking: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -68,6 +71,7 @@ class SchedulerService:
     async def close(self) -> None:
         if self._ticking is not None:
             self._ticking.cancel()
+        self._pools.close()
         await self._network.close()
 
     async def handle(self, peer: Peer, message: Message) -> Message | None:
@@ -75,6 +79,8 @@ class SchedulerService:
         answer = self._answers.get(type(message))
         if isinstance(message, Admit):
             return await self._admit(message)
+        if isinstance(message, Notice):
+            return await self._pools.notice(message)
         if answer is None:
             raise TandemError(f"the scheduler does not take {type(message).__name__}")
         return answer(self, peer, message, now)
@@ -191,6 +197,9 @@ class SchedulerService:
         except Exception:
             log.exception("the history could not take %s", note.__name__)
 
+    def _role_switched(self, name: str, was: str, role: str) -> None:
+        self.history.event("role_switch", f"{name} leaves the {was} pool for the {role} pool, which is short", worker=name)
+
     def on_lost(self, peer: Peer) -> None:
         incarnation = self._workers.pop(peer, None)
         # A worker that saw its connection break first may have come back over another one already.
@@ -232,6 +241,7 @@ class SchedulerService:
                 if now >= deaf_until:
                     self.scheduler.tick(now)
                 self._decide()
+                self._pools.tick(now)
                 self._note(self.history.tick, now)
             except Exception:
                 log.exception("a tick of the scheduler failed")
