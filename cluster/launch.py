@@ -373,7 +373,7 @@ def _watch(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop
     """
     known: dict[str, str] = {}
     missed: set[str] = set()
-    expected = sum(one.prefill.replicas + one.decode.replicas for one in config.each())
+    expected = sum(one.prefill.replicas + one.decode.replicas for one in config.each()) + len(config.overflow)
     while not stop.is_set():
         changes = config.is_sized or len(known) < expected or missed
         status = _print_phases(actor, seen, line) if changes else _status(actor)
