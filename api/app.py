@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.auth import Doorkeeper, authenticator
 from api.backend import Backend, Settings
 from api.errors import MethodNotAllowed, RouteNotFound, error_response
+from api.notices import add_notice_routes
 from api.observe import add_observation_routes
 from api.operations import add_operation_routes
 from api.routes import CLIENT_GONE, Service, add_openai_routes
@@ -52,6 +53,7 @@ def build_app(backend: Backend, tokenizer: Tokenizer | Mapping[str, Tokenizer], 
     add_openai_routes(app, service)
     add_observation_routes(app, service)
     add_operation_routes(app, service)
+    add_notice_routes(app, service)
     _add_error_handlers(app)
     app.add_middleware(Edge, names_answers=not settings.proxy_names_requests)
     return app

@@ -124,6 +124,11 @@ class Backend(Protocol):
         """
         ...
 
+    async def notice(self, worker: str, seconds: float) -> tuple[str, ...]:
+        """The machine of this worker (or this host) goes away in so many seconds: its workers drain. -> who was told. Raises
+        NotFound."""
+        ...
+
     async def metrics(self) -> str:
         """The whole cluster in Prometheus text format 0.0.4."""
         ...

@@ -30,6 +30,7 @@ ENDPOINTS = {
     "GET /dashboard": "promises per tenant, pools, requests, events, a playground",
     "GET /admin/sla": "promises and what was kept, per tenant: json, csv or md (also /admin/sla.csv)",
     "GET /admin/decisions/{id}": "one decision of the scheduler: candidates, predictions, choice, what came true",
+    "POST /admin/workers/{name}/notice": 'its machine goes away: {"seconds": 30}',
     "GET /version": "",
     "GET /load": "",
     "GET /openapi.json": "",

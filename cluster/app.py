@@ -17,7 +17,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from cluster.deployments import GatewayReplica, WorkerReplica
+from cluster.deployments import GatewayReplica, OverflowReplica, WorkerReplica
 from cluster.sizes import deployment_name
 from cluster.tenants_file import check_tenants
 from configs.check import check
@@ -51,6 +51,7 @@ def application(config: Config, secret: bytes) -> Application:
     pools = []
     for i, one in enumerate(config.each()):
         pools += [_workers(role, one, i).bind(role, config_json, secret, _rank_options(role, one), i) for role in one.roles]
+    pools += [_overflow(config, i).bind(config_json, secret, i) for i in range(len(config.overflow))]
     gateway = serve.deployment(
         GatewayReplica,
         name="Gateway",
@@ -83,6 +84,20 @@ def _workers(role: str, config: Config, number: int = 0) -> Any:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.scheduler.drain_s + GOING_S,
         **group,
+    )
+
+
+def _overflow(config: Config, number: int) -> Any:
+    """One deployment per server, with one replica: what stands behind it is one queue, and a second would not know of it."""
+    return serve.deployment(
+        OverflowReplica,
+        name=f"Overflow-{number}",
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=config.scheduler.drain_s + GOING_S,
     )
 
 

@@ -159,6 +159,34 @@ class WorkerReplica:
             await life.close()
 
 
+class OverflowReplica:
+    """The worker in front of another server; see `overflow.py`."""
+
+    async def __init__(self, config_json: bytes, secret: bytes, number: int) -> None:
+        from cluster.overflow_life import OverflowLife
+
+        config = config_here(config_json)
+        name = f"overflow:{number}"
+        set_title(name)
+        keep_serve_inside(config.transfer.bind_host)
+        network = SocketNetwork(name, secret, config.transfer.bind_host)
+        find = SchedulerFinder(config_json, secret, network)
+        try:
+            self._life = OverflowLife(config, number, secret, network, find)
+            await self._life.start()
+        except Exception as error:
+            await tell_failure(network, find, name, "decode", "", error)
+            raise
+        loop = asyncio.get_running_loop()
+        on_sigterm(lambda: loop.call_soon_threadsafe(self._life.leave))
+
+    async def __del__(self) -> None:
+        life = getattr(self, "_life", None)
+        if life is not None:
+            await life.drain()
+            await life.close()
+
+
 async def _worker_index(role: str, config: Config, config_json: bytes, secret: bytes) -> int:
     """Our rank among the pool's replicas; where pools grow and shrink, a number that the scheduler gives."""
     rank, pool = _replica_index(), config.pool(role)

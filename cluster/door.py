@@ -32,7 +32,7 @@ from models.locate import locate
 from protocol.errors import NotFound, TandemError
 from protocol.events import Event
 from protocol.lifecycle import Phase
-from protocol.messages import AskHistory, AskMetrics, AskStatus, Metrics, Outcome, Status
+from protocol.messages import AskHistory, AskMetrics, AskStatus, Metrics, Notice, Noticed, Outcome, Status
 from protocol.network import Network
 from protocol.request import Request
 
@@ -149,6 +149,11 @@ class Door:
         assert isinstance(answer, Status)
         document: dict[str, Any] = msgspec.json.decode(answer.json)
         return document if walk is None else _as_it_runs(document, walk)
+
+    async def notice(self, worker: str, seconds: float) -> tuple[str, ...]:
+        answer = await self._gateway.ask(Notice(worker, seconds))
+        assert isinstance(answer, Noticed)
+        return answer.workers
 
     async def metrics(self) -> str:
         answer = await self._gateway.ask(AskMetrics())

@@ -26,6 +26,7 @@ from cluster.tenants_view import TenantsView
 from cluster.walk import Attempt, Detokenizer, PeerLost, Walk
 from engine.hashing import block_hashes
 from protocol.errors import (
+    CannotServe,
     DeadlineExceeded,
     Draining,
     HandshakeRefused,
@@ -301,6 +302,8 @@ class Gateway:
         if self._seconds_left(walk) <= 0:
             raise self._out_of_time() from error
         walk.blame(error)
+        if isinstance(error, CannotServe) and len(set(walk.excluded)) < len(walk.excluded):
+            raise error  # back at the same worker: there is no other
         if not isinstance(error, RETRYABLE) or walk.num_vain_attempts >= MAX_ATTEMPTS:
             raise error
         walk.timeline.resumed(error.message, self._clock())

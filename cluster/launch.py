@@ -376,9 +376,10 @@ def _watch(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop
     """
     known: dict[str, str] = {}
     missed: set[str] = set()
-    expected = sum(one.prefill.replicas + one.decode.replicas for one in config.each())
+    expected = sum(one.prefill.replicas + one.decode.replicas for one in config.each()) + len(config.overflow)
     while not stop.is_set():
-        status = _print_phases(actor, seen, line) if len(known) < expected or missed else _status(actor)
+        changes = config.is_sized or len(known) < expected or missed
+        status = _print_phases(actor, seen, line) if changes else _status(actor)
         if status:
             alive = {w["name"]: w["incarnation"] for w in status.get("workers", ()) if w["alive"]}
             missing = known.keys() - alive.keys()
@@ -386,7 +387,7 @@ def _watch(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop
                 if known.get(name) != incarnation:
                     line(f"{name} is serving" + (" again" if name in known else ""))
             for name in missing & missed:
-                line(f"{name} is gone; Serve starts another")
+                line(f"{name} is gone" + ("" if config.is_sized else "; Serve starts another"))
                 del known[name]
             missed = set(missing - missed)
             known |= alive

@@ -16,6 +16,7 @@ import msgspec
 
 from cluster.history import History
 from cluster.metrics import ClusterMetrics
+from cluster.pools import Pools
 from cluster.tenants_file import TenantsFile
 from configs.tenants import Tenants
 from protocol.errors import Failure, NotFound, TandemError, TenantsChanged, from_failure
@@ -28,6 +29,7 @@ from protocol.messages import (
     GatewayBeat,
     Message,
     Metrics,
+    Notice,
     OfferTenants,
     Ok,
     Outcome,
@@ -72,6 +74,7 @@ class SchedulerService:
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._workers: dict[Peer, str] = {}  # -> incarnation: a broken connection is quicker than a missed beat
         self._gone: OrderedDict[str, tuple[float, float]] = OrderedDict()  # request_id -> its last epoch, told when
+        self._pools = Pools(scheduler, self._workers, lambda *what: self._note(self._role_switched, *what))
         self._ticking: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -87,6 +90,7 @@ class SchedulerService:
         for task in (self._ticking, self._watching):
             if task is not None:
                 task.cancel()
+        self._pools.close()
         await self._network.close()
 
     async def handle(self, peer: Peer, message: Message) -> Message | None:
@@ -94,6 +98,8 @@ class SchedulerService:
         answer = self._answers.get(type(message))
         if isinstance(message, Admit):
             return await self._admit(message)
+        if isinstance(message, Notice):
+            return await self._pools.notice(message)
         if answer is None:
             raise TandemError(f"the scheduler does not take {type(message).__name__}")
         return answer(self, peer, message, now)
@@ -249,6 +255,9 @@ class SchedulerService:
         except Exception:
             log.exception("the history could not take %s", note.__name__)
 
+    def _role_switched(self, name: str, was: str, role: str) -> None:
+        self.history.event("role_switch", f"{name} leaves the {was} pool for the {role} pool, which is short", worker=name)
+
     def on_lost(self, peer: Peer) -> None:
         incarnation = self._workers.pop(peer, None)
         # A worker that saw its connection break first may have come back over another one already.
@@ -291,6 +300,7 @@ class SchedulerService:
                 if now >= deaf_until:
                     self.scheduler.tick(now)
                 self._decide()
+                self._pools.tick(now)
                 self._note(self.history.tick, now)
             except Exception:
                 log.exception("a tick of the scheduler failed")

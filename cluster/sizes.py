@@ -60,11 +60,11 @@ class Sizes:
         found = {}
         for (model, role), pool in self._pools.items():
             workers = [w for w in scheduler.workers.values() if w.info.model == model]
-            queued = waiting.get(model, Waiting())
+            queued, output = waiting.get(model, Waiting()), scheduler.costs.output(model)
             if role == "decode":
-                need = decode_need(workers, queued, scheduler.costs.output(model), self._promise, kept.tpot)
+                need = decode_need(workers, queued, output, self._promise, kept.tpot)
             else:
-                need = prefill_need(workers, queued, busy, self._promise, now, kept.ttft)
+                need = prefill_need(workers, queued, output, busy, self._promise, now, kept.ttft)
             found[self._names[model, role]] = pool.observe(need, now)
         return found
 

@@ -168,6 +168,14 @@ class Draining(ReservationRefused):
     code = "worker_draining"
 
 
+class CannotServe(Draining):
+    """501: this worker can never serve such a request (an overflow server without that sampling parameter); another one may."""
+
+    http_status = 501
+    error_type = "not_implemented_error"
+    code = "worker_cannot"
+
+
 class TransferFailed(TandemError):
     """KV did not arrive whole: digest mismatch, expired lease, stale epoch, broken link."""
 

@@ -5,8 +5,8 @@
     prefill   the seconds of prefill that are queued, by the promised TTFT; and how busy the workers are
     both      one worker more while the promise of that half is missed and its workers have work
 
-A worker is given `FILL` of what it can carry. A pool grows to the least that it has needed throughout the last `up_s` and shrinks to
-the most that it has needed within the last `down_s` (Kubernetes' stabilization windows: one quiet second does not take a worker
+A worker is given `FILL` of what it can carry. A pool grows to the least that it needed throughout the last `up_s` and shrinks to
+the most that it needed within the last `down_s` (Kubernetes' stabilization windows: one quiet second does not take a worker
 away, one burst does not add one). Pure: state in, numbers out; the clock is an argument. Asked by `cluster/sizes.py`, about once a
 second.
 """
@@ -77,24 +77,48 @@ class PoolSize:
         return self.size
 
 
+class Flow:
+    """How fast one model's requests get through each of the two stages, as its pools are now. Requests and sequences a second."""
+
+    def __init__(self, workers: Sequence[WorkerState], waiting: Waiting, output: OutputLength, promise: Promise) -> None:
+        self.decodes = [w for w in workers if w.info.role == "decode" and w.is_alive and not w.info.is_overflow]
+        self.prefills = [w for w in workers if w.info.role == "prefill" and w.is_alive]
+        self.decoding = sum(w.num_decoding for w in self.decodes)
+        self.coming = sum(w.num_coming for w in self.decodes)
+        self.prompt_len = max(1, waiting.num_tokens // waiting.num_choices) if waiting.num_choices else self._mean_context(output)
+        self.context_len = self.prompt_len + output.mean / 2
+        if self.decodes:
+            one = self.decodes[0]
+            self.carried = max_seqs(one, self.context_len, promise.tpot_s)  # by one worker, within its promise
+            step_s = one.cost.decode_s(self.carried, self.carried * self.context_len) * one.decode_drift.factor
+            self.decode_s = step_s * output.mean  # of one sequence
+            self.decode_rate = len(self.decodes) * self.carried / self.decode_s
+            begin = self.prefills or self.decodes
+            self.prefill_rate = sum(1.0 / w.cost.prefill_s(self.prompt_len, 0) for w in begin)
+
+    def _mean_context(self, output: OutputLength) -> int:
+        num_seqs = self.decoding + self.coming
+        return max(1, round(sum(w.num_context_tokens for w in self.decodes) / num_seqs - output.mean / 2)) if num_seqs else 1
+
+
 def decode_need(
     workers: Sequence[WorkerState], waiting: Waiting, output: OutputLength, promise: Promise, kept: float | None = None
 ) -> float:
-    """Decode workers that the load of one model asks for, not rounded."""
-    alive = [w for w in workers if w.info.role == "decode" and w.is_alive and not w.info.is_overflow]
-    if not alive:
+    """Decode workers that the load of one model asks for, not rounded.
+
+    Of what waits or is being prefilled, so much counts as can decode at a time: a queue before a slow prefill is none of decode's.
+    """
+    flow = Flow(workers, waiting, output, promise)
+    present = flow.decoding + flow.coming + waiting.num_choices
+    if not flow.decodes or not present:
         return 0.0
-    num_seqs = sum(w.num_decoding + w.num_coming for w in alive) + waiting.num_choices
-    if not num_seqs:
-        return 0.0
-    one = alive[0]
-    mean_prompt = waiting.num_tokens / waiting.num_choices if waiting.num_choices else 0.0
-    contexts = sum(w.num_context_tokens for w in alive) + waiting.num_choices * (mean_prompt + output.mean / 2)
-    carried = max_seqs(one, contexts / num_seqs, promise.tpot_s)
-    blocks = sum(w.blocks_at_end for w in alive)
-    blocks += waiting.num_choices * one.info.layout.num_blocks_for(max(1, round(mean_prompt + output.mean)))
-    need = max(num_seqs / carried, blocks / one.info.num_blocks) / FILL
-    return max(need, _one_more(alive, kept, is_busy=lambda w: w.num_decoding > 0))
+    num_seqs = min(float(present), max(float(flow.decoding), flow.prefill_rate * flow.decode_s))
+    admitted = max(0.0, min(waiting.num_choices, num_seqs - flow.decoding - flow.coming))
+    layout, num_blocks = flow.decodes[0].info.layout, flow.decodes[0].info.num_blocks
+    blocks = sum(w.blocks_at_end for w in flow.decodes)
+    blocks += round(admitted) * layout.num_blocks_for(max(1, round(flow.prompt_len + output.mean)))
+    need = max(num_seqs / flow.carried, blocks / num_blocks) / FILL
+    return max(need, _one_more(flow.decodes, kept, is_busy=lambda w: w.num_decoding > 0))
 
 
 def max_seqs(worker: WorkerState, context_len: float, tpot_s: float) -> int:
@@ -113,22 +137,28 @@ def max_seqs(worker: WorkerState, context_len: float, tpot_s: float) -> int:
 def prefill_need(
     workers: Sequence[WorkerState],
     waiting: Waiting,
+    output: OutputLength,
     busy: Mapping[str, float],
     promise: Promise,
     now: float,
     kept: float | None = None,
 ) -> float:
-    """Prefill workers that the load of one model asks for. busy: incarnation -> share of the time that it computed lately."""
-    alive = [w for w in workers if w.info.role == "prefill" and w.is_alive]
-    if not alive:
+    """Prefill workers that the load of one model asks for. busy: incarnation -> share of the time that it computed lately.
+
+    Of what waits, so much counts as decode has room for within the promised TTFT: a queue before a full decode pool is none of
+    prefill's.
+    """
+    flow = Flow(workers, waiting, output, promise)
+    if not flow.prefills:
         return 0.0
-    one = alive[0]
-    queued_s = sum(w.prefill_queue_s(now) for w in alive)
-    if waiting.num_choices:
-        queued_s += waiting.num_choices * one.cost.prefill_s(max(1, waiting.num_tokens // waiting.num_choices), 0)
-    running = sum(min(1.0, busy.get(w.incarnation, 0.0)) for w in alive)
-    need = max(running / FILL, queued_s / promise.ttft_s if promise.ttft_s > 0 else 0.0)
-    return max(need, _one_more(alive, kept, is_busy=lambda w: bool(w.prefills)))
+    queued_s = sum(w.prefill_queue_s(now) for w in flow.prefills)
+    if waiting.num_choices and flow.decodes:
+        free = max(0.0, len(flow.decodes) * flow.carried - flow.decoding - flow.coming)
+        admitted = min(float(waiting.num_choices), free + flow.decode_rate * promise.ttft_s)
+        queued_s += admitted * flow.prefills[0].cost.prefill_s(flow.prompt_len, 0)
+    running = sum(min(1.0, busy.get(w.incarnation, 0.0)) for w in flow.prefills)
+    need = max(running / FILL, queued_s / promise.ttft_s)
+    return max(need, _one_more(flow.prefills, kept, is_busy=lambda w: bool(w.prefills)))
 
 
 def _one_more(alive: Sequence[WorkerState], kept: float | None, is_busy: Callable[[WorkerState], bool]) -> float:
