@@ -24,6 +24,7 @@ from cluster.cluster_status import get_json
 from cluster.terminal import Paint, table, wants_colour
 
 MAX_SHOWN = 64  # workers of a table
+MAX_SEEN = 8  # of them in the list of requests
 
 
 def show(url: str, api_key: str | None, request_id: str, as_json: bool) -> int:
@@ -43,10 +44,28 @@ def explained(request_id: str, decision: dict[str, Any], row: dict[str, Any] | N
     return {**document, "words": words(document)}
 
 
+def why_of(decision: dict[str, Any], chosen: set[str | None]) -> dict[str, Any]:
+    """What the list of requests shows of it beside the history's own: promise, steps, and whom the scheduler looked at."""
+    seen = [
+        {
+            "worker": one["worker"],
+            "role": one["role"],
+            "chosen": one["worker"] in chosen,
+            **{f"{name}_ms": _ms(one[f"{name}_s"]) for name in ("queue", "ttft", "tpot")},
+            "cached_tokens": one["cached"],
+            "running": one["load"],
+            "why_not": one["why_not"],
+        }
+        for one in decision["candidates"][:MAX_SEEN]
+    ]
+    steps = [step for step in decision["steps"] if step["what"] != "placed"]
+    return {"promise": decision["promise"], **({"seen": seen} if seen else {}), **({"steps": steps} if steps else {})}
+
+
 def lines(found: dict[str, Any], paint: Paint) -> list[str]:
     """For a terminal: the sentences, and the candidates as a table."""
-    told = found.get("words") or []
-    out = [paint(told[0], "bold"), *(f"  {line}" for line in told[1:])] if told else []
+    said = found.get("words") or []
+    out = [paint(said[0], "bold"), *(f"  {line}" for line in said[1:])] if said else []
     candidates = found.get("candidates") or []
     if not candidates:
         return out
@@ -80,15 +99,15 @@ def words(found: dict[str, Any]) -> list[str]:
             f"promised: first token within {_seconds(promise['ttft_s'])}, each further one {_seconds(promise.get('tpot_s'))}"
         )
     for step in found.get("steps") or ():
-        out.append(f"after {_seconds(step.get('at_s', 0.0))}: {_step(step)}")
+        out.append(f"after {_seconds(step.get('at_s', 0.0))}: {told(step)}")
     possible = [one for one in found.get("candidates") or () if not one.get("why_not")]
     if found.get("candidates"):
         out.append(f"{len(possible)} of {len(found['candidates'])} workers that were looked at could have had it")
     return out + _truth(found)
 
 
-def _step(step: dict[str, Any]) -> str:
-    """`what` and its details, those that say something."""
+def told(step: dict[str, Any]) -> str:
+    """A step in words: `what`, and those of its details that say something."""
     details = [
         f"{name.removesuffix('_s').replace('_', ' ')} {_seconds(value) if name.endswith('_s') else _plain(value)}"
         for name, value in step.items()
@@ -102,8 +121,8 @@ def _truth(found: dict[str, Any]) -> list[str]:
     out = []
     predicted = next((step["ttft_s"] for step in reversed(found.get("steps") or []) if step.get("ttft_s") is not None), None)
     if true.get("placed_to_first_token_s") is not None:
-        told = f", predicted {_seconds(predicted)}" if predicted is not None else ""
-        out.append(f"came true: first token {_seconds(true['placed_to_first_token_s'])} after its placement{told}")
+        before = f", predicted {_seconds(predicted)}" if predicted is not None else ""
+        out.append(f"came true: first token {_seconds(true['placed_to_first_token_s'])} after its placement{before}")
     if true.get("kind"):
         ttft, tpot = _seconds(true.get("ttft_s")), _seconds(true.get("tpot_s"))
         out.append(
@@ -133,6 +152,10 @@ def _chosen(found: dict[str, Any]) -> set[str]:
     for step in found.get("steps") or ():
         named |= {step.get("prefill"), step.get("decode")}
     return {name for name in named if isinstance(name, str)}
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1e3 * seconds, 3)
 
 
 def _plain(value: Any) -> str:

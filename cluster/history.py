@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from cluster.explain import explained
+from cluster.explain import explained, why_of
 from configs.schema import SchedulerConfig
 from configs.tenants import DEFAULT_TENANT, Tenants
 from protocol.errors import NotFound, TandemError
@@ -294,7 +294,7 @@ class History:
         if row is None:
             raise NotFound(f"no request {request_id[:128]!r} is remembered here; the last {MAX_REQUESTS} are", param="request_id")
         timeline = [msgspec.to_builtins(mark_document(mark)) for mark in row.timeline()]
-        return {"request": row.document(), "timeline": timeline, "why": row.why}
+        return {"request": row.document(), "timeline": timeline, "why": self._whole_why(row)}
 
     def decision(self, request_id: str) -> dict[str, Any]:
         """What the scheduler decided about it and what came true; by the client's own id too. See `cluster/explain.py`."""
@@ -318,6 +318,11 @@ class History:
             if gone.client_id is not None and self._by_client.get(gone.client_id) == gone.request_id:
                 del self._by_client[gone.client_id]
         return row
+
+    def _whole_why(self, row: Row) -> dict[str, Any] | None:
+        """With what the scheduler remembers of the decision itself: whom it looked at, and what it expected of each."""
+        decision = self._scheduler.explain(row.request_id)
+        return row.why if decision is None else {**(row.why or {}), **why_of(decision, {row.prefill, row.decode})}
 
     def _why(self, ticket: Ticket, row: Row, now: float) -> dict[str, Any]:
         """What the decision was made of: who could have had it, and what was expected of whom got it."""

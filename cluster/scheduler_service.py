@@ -17,8 +17,9 @@ import msgspec
 from cluster.history import History
 from cluster.metrics import ClusterMetrics
 from cluster.pools import Pools
+from cluster.tenant_metrics import about_tenants
 from cluster.tenants_file import TenantsFile
-from configs.tenants import Tenants
+from configs.tenants import Tenants, TenantsError
 from protocol.errors import Failure, NotFound, TandemError, TenantsChanged, from_failure
 from protocol.messages import (
     Admit,
@@ -80,7 +81,7 @@ class SchedulerService:
 
     async def start(self) -> None:
         if self.tenants_file is not None:
-            self.tenants_file.on_taken = self._take_tenants
+            self.tenants_file.on_taken, self.tenants_file.on_refused = self._take_tenants, self._tell_refused
             await self.tenants_file.start()
             self._watching = asyncio.create_task(self.tenants_file.watch())
         await self._network.serve(self.handle, self.on_lost)
@@ -152,6 +153,9 @@ class SchedulerService:
         self._metrics.set_tenants(tenants)
         self._note(self.history.event, "tenants", f"a tenants file with {len(tenants.tenants)} tenants is in force")
         self._decide()
+
+    def _tell_refused(self, error: TenantsError) -> None:
+        self._note(self.history.event, "tenants", f"{error.message}; what was in force stays so")
 
     def _dismiss(self, request_id: str) -> None:
         """Whoever waits for this request's ticket waits no more."""
@@ -226,12 +230,14 @@ class SchedulerService:
 
     def _history(self, peer: Peer, message: AskHistory, now: float) -> Status:
         document = self.history.answer(message, now)
-        if "status" in document and self.tenants_file is not None:
-            document["status"]["tenants_file"] = self.tenants_file.status()
+        if "status" in document:
+            file = self.tenants_file.status() if self.tenants_file is not None else None
+            document["status"] |= {**about_tenants(self.scheduler, now), "tenants_file": file}
         return Status(msgspec.json.encode(document))
 
     def _metrics_text(self, peer: Peer, message: AskMetrics, now: float) -> Metrics:
-        return Metrics(self._metrics.text(self.status(now), self.history.sla.rows(METRICS_WINDOW_S, now)))
+        status = {**self.status(now), **about_tenants(self.scheduler, now)}
+        return Metrics(self._metrics.text(status, self.history.sla.rows(METRICS_WINDOW_S, now)))
 
     _answers: dict[type, Callable[..., Message | None]] = {
         Withdraw: _withdraw,

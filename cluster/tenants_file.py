@@ -81,6 +81,7 @@ class TenantsFile:
     ) -> None:
         self.path = path
         self.on_taken = on_taken
+        self.on_refused: Callable[[TenantsError], None] = lambda _: None
         self.in_force: TenantsInForce | None = None
         self.problem: TenantsError | None = None
         self.num_taken = self.num_refused = 0
@@ -211,3 +212,4 @@ class TenantsFile:
         self.problem = error
         kept = f"version {self.version} stays in force" if self.in_force is not None else "nothing is in force yet"
         log.error("%s; %s", error.message, kept)
+        self.on_refused(error)

@@ -182,7 +182,7 @@ class Walk:
             if adapted is None:
                 raise InternalError(f"the scheduler sent this request to {ticket.model}, which cannot read its tokens")
             request = adapted
-        if ticket.slo_class:
+        if ticket.slo_class and ticket.slo_class != request.slo_class:
             request = msgspec.structs.replace(request, slo_class=ticket.slo_class, claim=msgspec.structs.replace(
                 request.claim, ttft_slo_s=None, tpot_slo_s=None))  # fmt: skip
         if ticket.max_tokens is not None:
@@ -190,7 +190,7 @@ class Walk:
             sampling = msgspec.structs.replace(request.sampling, max_tokens=most, min_tokens=min(request.sampling.min_tokens, most))
             request = msgspec.structs.replace(request, sampling=sampling)
         if self.placed_event is not None:
-            self.placed_event = Placed(ticket.degraded, ticket.model)
+            self.placed_event = Placed(ticket.degraded, request.model if request.model != self.request.model else "")
         self.request, self.degraded = request, ticket.degraded
 
     def blame(self, error: TandemError) -> None:
