@@ -345,9 +345,7 @@ class Joint:
     def is_trusted(rows: Rows) -> bool:
         return all(cost.decode.num_observations >= TRUSTED_AFTER for cost in rows.costs)
 
-    def _deflect(
-        self, view: View, usable: Bools, local: Prefills | None, ttft_s: float, left: float
-    ) -> Placement | None:
+    def _deflect(self, view: View, usable: Bools, local: Prefills | None, ttft_s: float, left: float) -> Placement | None:
         """A decode worker does the prefill where the pool would miss the promise, or has more waiting than it can do in time."""
         rows, admit = view.pool.decode, view.admit
         is_needed = ttft_s > left or self.backlog_s > 0.5 * (admit.ttft_slo_s or math.inf)
@@ -421,9 +419,7 @@ class Joint:
             for i in _smallest(np.where(decodes.keeps, decodes.tpot_s, decodes.tpot_s + 1e6)):
                 why = "" if decodes.keeps[i] else "would break a promise" if decodes.has_room[i] else "no room"
                 load = int(rows.live[DECODING, i] + rows.live[COMING, i])
-                out.append(
-                    Candidate(rows.workers[i].info.name, "decode", None, None, float(decodes.tpot_s[i]), 0, load, why)
-                )
+                out.append(Candidate(rows.workers[i].info.name, "decode", None, None, float(decodes.tpot_s[i]), 0, load, why))
         return tuple(out)
 
 

@@ -27,11 +27,11 @@ from scheduler.admission import DrainRate
 from scheduler.cost import CostBook
 from scheduler.explain import Decisions
 from scheduler.fairness import Fairness
+from scheduler.joint import Joint
 from scheduler.latency import Latencies, Sample
 from scheduler.learning import learn_from_beat, learn_from_first_token, learn_from_outcome
 from scheduler.ledger import Entry, Ledger, WorkerState, blocks_to_reserve
 from scheduler.order import make_order
-from scheduler.joint import Joint
 from scheduler.placement import Blocked, Placement, Placer, Refused, Rules
 from scheduler.prefix_index import PrefixIndex
 from scheduler.queue import Item, Order, Queue
