@@ -17,7 +17,7 @@ from models.toy import toy_next_token
 
 
 class FakeServer:
-    """with_ids: as vLLM; else it takes and gives text alone, `text` cut into `pieces`. cut_after: tokens, then the connection breaks.
+    """with_ids: as vLLM; else it takes and gives text alone, `text` cut into `pieces`. cut_after: tokens, then a broken stream.
     status: what every completion is answered with instead. silent_after: tokens, then nothing more comes."""
 
     def __init__(self, with_ids: bool = True) -> None:

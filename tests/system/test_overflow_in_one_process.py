@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server behind gateway and scheduler: its tokens are delivered exactly, and its faults cost nobody a token."""
+"""An OpenAI-compatible server behind gateway and scheduler: its tokens are delivered exactly, its faults cost nobody a token."""
 
 from __future__ import annotations
 
