@@ -58,6 +58,8 @@ class Seen(NamedTuple):
     failed: int
     p50: float
     p99: float
+    queued_p50: float  # of the TTFT, by the server's own word: until it was placed
+    placed_p50: float  # and from then on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +88,8 @@ def told(result: dict[str, Any]) -> str:
     for name, seen in (("steady, alone", alone), ("steady, beside the flood", beside), ("the flood", flood)):
         rows.append(
             f"{name:<26} {seen.sent:5d} sent {seen.ok:5d} served {seen.refused:5d} refused {seen.failed:3d} failed   "
-            f"TTFT p50 {1e3 * seen.p50:8.1f} ms  p99 {1e3 * seen.p99:8.1f} ms"
+            f"TTFT p50 {1e3 * seen.p50:8.1f} ms  p99 {1e3 * seen.p99:8.1f} ms   "
+            f"(p50 queued {1e3 * seen.queued_p50:.1f}, then {1e3 * seen.placed_p50:.1f})"
         )
     rows.append(f"p99 beside the flood / alone = {result['ratio_p99']:.2f}, p50 {result['ratio_p50']:.2f}")
     return "\n".join(rows)
@@ -168,12 +171,19 @@ def _body(shape: Shape, rng: random.Random) -> dict[str, Any]:
 
 def seen(samples: list[Sample]) -> Seen:
     found = [sample.outcome for sample in samples if sample.end]
-    times = sorted(sample.ttft for sample in samples if sample.outcome == "ok" and sample.ttft is not None)
+    served = [sample for sample in samples if sample.outcome == "ok" and sample.ttft is not None]
+    times = [sample.ttft or 0.0 for sample in served]
+    queued = [(sample.metrics.get("queue_time_ms") or 0.0) / 1e3 for sample in served]
+    placed = [(sample.metrics.get("prefill_time_ms") or 0.0) / 1e3 for sample in served]
+    return Seen(
+        len(samples), found.count("ok"), found.count("refused"), found.count("failed"), _at(times, 0.5), _at(times, 0.99),
+        _at(queued, 0.5), _at(placed, 0.5),
+    )  # fmt: skip
 
-    def at(q: float) -> float:
-        return times[min(len(times) - 1, int(q * len(times)))] if times else float("nan")
 
-    return Seen(len(samples), found.count("ok"), found.count("refused"), found.count("failed"), at(0.5), at(0.99))
+def _at(values: list[float], q: float) -> float:
+    """Nearest rank; nan without any."""
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))] if values else float("nan")
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------

@@ -77,6 +77,7 @@ class Job:
         num_choices = self.request.sampling.n
         self.delivered = [list(ids) for ids in reserve.output_token_ids or ((),) * num_choices]
         self.streams: dict[int, asyncio.Task[None]] = {}
+        self.held: dict[int, list[int]] = {}  # choice -> its last token so far, where no end token would follow it
         self.began_at = now
         self.has_told = False
 
@@ -243,7 +244,9 @@ class OverflowWorker:
         """One frame. True when it was the choice's last: by its length, by a token that ends it, or because the server said so."""
         request, delivered = job.request, job.delivered[choice]
         sampling = request.sampling
-        index, tokens = len(delivered), list(piece.token_ids)
+        index, tokens = len(delivered), [*job.held.pop(choice, ()), *piece.token_ids]
+        if not request.eos_token_ids and piece.finish_reason is None:  # the last one has to say that it is the last
+            job.held[choice], tokens = tokens[-1:], tokens[:-1]
         reason: str | None = None
         stop: int | None = None
         for i, token in enumerate(tokens):
@@ -259,7 +262,9 @@ class OverflowWorker:
         if reason is None and piece.finish_reason is not None:
             # It ended without a token that says so; ours always ends with one, and its text is not shown.
             reason = piece.finish_reason
-            tokens = [*tokens, *(request.eos_token_ids[:1] or (0,))]
+            tokens += request.eos_token_ids[:1]
+            if not tokens:
+                raise WorkerLost(f"{self._upstream.name} generated nothing, and this model has no token for that")
         if not tokens:
             return False
         delivered += tokens

@@ -78,9 +78,7 @@ class Baseline:
     def _cached(self, admit: Admit, worker: WorkerState, matches: Mapping[str, int]) -> int:
         return min(matches.get(worker.incarnation, 0) * self.hash_len, admit.prompt_len - 1)
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         raise NotImplementedError
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
@@ -122,9 +120,7 @@ class RoundRobin(Baseline):
         after = [w for w in ordered if last is not None and _by_number(w) > _number(last)]
         return (after or ordered)[0]
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return self._next("prefill", workers)
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
@@ -160,9 +156,7 @@ class Random(Baseline):
         super().__init__(hash_len, holds_back)
         self._rng = rng or random.Random(0)
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return self._rng.choice(workers)
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
@@ -172,18 +166,14 @@ class Random(Baseline):
 class JoinShortestQueue(Baseline):
     """Fewest requests, waiting or running (splitwise-sim: `jsq`)."""
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return min(workers, key=lambda w: (len(w.prefills), w.incarnation))
 
 
 class TokenJsq(Baseline):
     """Fewest tokens: prompt tokens that wait at a prefill worker, tokens of context at a decode worker (splitwise-sim: `token_jsq`)."""
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return min(workers, key=lambda w: (uncached_tokens(w), w.incarnation))
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
@@ -197,9 +187,7 @@ class CacheAware(Baseline):
         super().__init__(hash_len, holds_back)
         self._tree: Counter[str] = Counter()  # tokens that its approximate tree holds of each worker
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         loads = [len(w.prefills) for w in workers]
         low, high = min(loads), max(loads)
         if high - low > BALANCE_ABS_THRESHOLD and high > BALANCE_REL_THRESHOLD * low:
@@ -217,9 +205,7 @@ class Dynamo(Baseline):
     """Dynamo's KV router: max(active prefill blocks + new blocks - overlap credit, 0) + (active decode blocks + new ones), the
     least wins; prefill_load_scale and the credit of a block on the device are 1. Decode workers are asked without overlap."""
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         def cost(worker: WorkerState) -> tuple[float, str]:
             size = worker.info.layout.block_size
             new = admit.prompt_len - cached[worker.incarnation]
@@ -235,9 +221,7 @@ class LMetric(Baseline):
     """New prefill tokens times batch size (arXiv 2603.15202): nothing to tune. A prefill worker's batch is whoever is there; a
     decode worker computes no new tokens, so its batch alone decides."""
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         def product(worker: WorkerState) -> tuple[float, str]:
             new = uncached_tokens(worker) + admit.prompt_len - cached[worker.incarnation]
             return new * (len(worker.prefills) + 1), worker.incarnation
@@ -255,9 +239,7 @@ class Mooncake(Baseline):
         super().__init__(hash_len, holds_back)
         self._promise = promise or (lambda admit: (30.0, 0.1))
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return min(workers, key=lambda w: (_ttft_s(admit, w, cached, now), w.incarnation))
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:

@@ -434,4 +434,3 @@ def warm_up(scheduler: Scheduler, setup: Setup, model: str) -> None:
                     fit.observe_decode(batch, batch * context, cost.decode_s(batch, batch * context))
         for n in (128, 512, 1024, 2048, 4096, 8192):
             fit.observe_prefill(n, 0, cost.prefill_s(n))
-

@@ -116,9 +116,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         cost, chunk = self.prefill, self.prefill_limits.max_num_batched_tokens
         num_steps = math.ceil((prompt_len - cached) / chunk)
         return (
-            num_steps * cost.per_step_s
-            + (prompt_len - cached) * cost.per_token_s
-            + (prompt_len**2 - cached**2) * cost.per_token2_s
+            num_steps * cost.per_step_s + (prompt_len - cached) * cost.per_token_s + (prompt_len**2 - cached**2) * cost.per_token2_s
         )
 
     def decode_s(self, num_seqs: int, num_context_tokens: float) -> float:

@@ -31,7 +31,9 @@ class Curve:
         self.step = step
 
 
-def panel(curves: Sequence[Curve], x_name: str, y_name: str, y_max: float | None = None, mark: tuple[float, str] | None = None) -> Axes:
+def panel(
+    curves: Sequence[Curve], x_name: str, y_name: str, y_max: float | None = None, mark: tuple[float, str] | None = None
+) -> Axes:
     """A frame around all of them."""
     xs = [x for curve in curves for x, _ in curve.points] or [1.0]
     ys = [y for curve in curves for _, y in curve.points] or [1.0]

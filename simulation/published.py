@@ -68,7 +68,9 @@ def common(model: str, gpu: str, gpus: int, source: str) -> dict[str, Any]:
 def distserve(path: Path) -> list[dict[str, Any]]:
     """Coefficients in ms -> cost files."""
     found = []
-    source = "DistServe (LLMServe/DistServe@82831f1, Apache-2.0), simdistserve profile of an A100-80G; coefficients unchanged, ms to s"
+    source = (
+        "DistServe (LLMServe/DistServe@82831f1, Apache-2.0), simdistserve profile of an A100-80G; coefficients unchanged, ms to s"
+    )
     for model, sizes in json.loads(path.read_text()).items():
         name = model.removeprefix("facebook/")
         for gpus, fit in sizes.items():
