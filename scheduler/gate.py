@@ -144,8 +144,19 @@ class Gate:
             return degraded._replace(is_appointed=is_appointed)
         raise self.late(mine, terms, seen, reason, now)
 
-    def forecast(self, admit: Admit, tenants: Tenants, terms: Terms, now: float) -> Forecast:
-        """`admit` has its promise in it."""
+    def would_admit(self, admit: Admit, tenants: Tenants, now: float, before: float | None = None) -> bool:
+        """Whether its promise would be kept if it came now; changes nothing. before: appointments made for later do not count."""
+        terms = terms_of(tenants, admit.slo_class, admit)
+        mine = promised(admit, terms)
+        if self.buckets.wait(admit.tenant, tenants.tenant(admit.tenant), self._bucket_tokens(admit), now)[2] > 0:
+            return False
+        if not has_workers(self._pools.get(admit.model)):
+            return True
+        seen = self.forecast(mine, tenants, terms, now, before)
+        return not self._missed(mine, terms, seen, self.appointments.has(admit, now))
+
+    def forecast(self, admit: Admit, tenants: Tenants, terms: Terms, now: float, before: float | None = None) -> Forecast:
+        """`admit` has its promise in it. before: appointments made for later do not count."""
         view = self._view(admit, now)
         work = work_of(view)
         ahead = work_ahead(
@@ -157,7 +168,8 @@ class Gate:
             lambda name: tenants.tenant(name).weight,
             work.tokens,
         )
-        appointed = self.appointments.work_s(admit.model, terms.band, now + terms.ttft_s)
+        until = now + terms.ttft_s if before is None else min(before, now + terms.ttft_s)
+        appointed = self.appointments.work_s(admit.model, terms.band, admit.tenant, until)
         is_short = self.decode_is_short.get(admit.model, False)
         return forecast(view, terms, ahead, appointed, self._pace(admit.model), self.wait_error, is_short)
 
@@ -247,8 +259,8 @@ class Gate:
         after = min(admission.MAX_RETRY_S, at - now)
         at = now + after + min(admission.JITTER * after, takes_s + 0.02 * after) * self._draw()
         until = at + GRACE_S + 0.25 * after
-        made = Appointment(at, until, admit.model, terms.band, work_s, admit.tenant, tokens, mark_of(admit))
-        self.appointments.make(made, takes_s)
+        mark = mark_of(admit)
+        self.appointments.make(Appointment(at, until, admit.model, terms.band, work_s, admit.tenant, tokens, mark, takes_s))
         return at - now
 
     def _lose(self, tenants: Tenants, now: float) -> None:
