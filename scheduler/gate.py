@@ -27,11 +27,13 @@ from scheduler.forecast import Forecast, forecast, has_workers, work_ahead, work
 from scheduler.joint import View
 from scheduler.pace import Pace
 from scheduler.placement import Rules
+from scheduler.price import Price
 from scheduler.queue import Item, Queue
 from scheduler.residuals import Residuals
 from scheduler.table import Pool
 from scheduler.terms import Terms, promised, terms_of
 
+SHORT = 0.15  # of the promised TTFT: who would wait longer comes at a time when not everybody can be served
 MAX_MODELS = 256  # whose pace is remembered
 
 
@@ -57,8 +59,11 @@ class Gate:
         find: Callable[[Admit], Mapping[str, int]],
         retry_budget: float,
         draw: Callable[[], float],
+        has_more: Callable[[Admit, float], bool],
     ) -> None:
-        """fairness None: the order is not by tenants' shares. find: what the prefix index holds of a prompt."""
+        """fairness None: the order is not by tenants' shares. find: what the prefix index holds of a prompt. has_more: whether a
+        request's tenant has more than its share, or nobody to share with."""
+        self._may_be_priced_out = has_more
         self._queue = queue
         self._pools = pools
         self._costs = costs
@@ -72,6 +77,7 @@ class Gate:
         self.paces: dict[str, Pace] = {}
         self.decode_is_short: dict[str, bool] = {}  # model -> whether its first in line last waited for decode room
         self.wait_error = Residuals()
+        self.prices: dict[str, Price] = {}  # by model
 
     # ---- in --------------------------------------------------------------------------------------------------------
 
@@ -134,6 +140,11 @@ class Gate:
             return Entered(mine, terms, None, is_appointed=is_appointed)
         seen = self.forecast(mine, tenants, terms, now)
         reason = self._missed(mine, terms, seen, is_appointed)
+        is_short = seen.wait_s > SHORT * self._left(mine, terms)
+        price = self.prices.setdefault(admit.model, Price())
+        price.asked(seen.cost, is_short)
+        if not reason and is_short and not is_appointed and seen.is_trusted and terms.refuses_late:
+            reason = "slo_ttft" if price.is_too_much(seen.cost) and self._may_be_priced_out(admit, now) else ""
         if not reason:
             return Entered(mine, terms, seen, is_appointed=is_appointed)
         victim = self._queue.costliest(admit.model, terms.band, admit.tenant) if reason == "slo_ttft" else None

@@ -114,8 +114,16 @@ class Scheduler:
         self.admission = admission
         shares = self.fairness if order is None and config.policy in ("fair", "slo") else None
         self.gate = Gate(
-            self.queue, self.pools, self.costs, shares, self.rules, self.find, config.retry_budget, draw,
-        )  # fmt: skip
+            self.queue,
+            self.pools,
+            self.costs,
+            shares,
+            self.rules,
+            self.find,
+            config.retry_budget,
+            draw,
+            lambda admit, now: self._shares_with_nobody(admit, now) or self._has_more(admit, now),
+        )
         self._read_classes()
         self.drain_rate = DrainRate()
         self.workers: dict[str, WorkerState] = {}  # alive, by incarnation
@@ -449,14 +457,21 @@ class Scheduler:
 
     def _tell_tenant(self, item: Item, now: float) -> None:
         """What the default placer has to know of its tenant: whether it has more than its share while others are about."""
-        activity = self._active.get(item.admit.model)
-        self.joint.has_others = activity is not None and activity.others(now)
-        self.joint.leaves_room = False
-        if activity is not None and self.joint.has_others and not item.admit.resumption:
-            model, held = item.admit.model, self.ledger.held
-            self.joint.leaves_room = activity.has_more(
-                item.admit.tenant, lambda name: held.get((model, name), 0), lambda name: self.tenants.tenant(name).weight, now
-            )
+        self.joint.has_others = not self._shares_with_nobody(item.admit, now)
+        self.joint.leaves_room = self.joint.has_others and not item.admit.resumption and self._has_more(item.admit, now)
+
+    def _shares_with_nobody(self, admit: Admit, now: float) -> bool:
+        activity = self._active.get(admit.model)
+        return activity is None or not activity.others(now)
+
+    def _has_more(self, admit: Admit, now: float) -> bool:
+        """Whether its tenant holds more of the model's KV blocks than its share among those who are about."""
+        activity, held = self._active.get(admit.model), self.ledger.held
+        if activity is None:
+            return False
+        return activity.has_more(
+            admit.tenant, lambda name: held.get((admit.model, name), 0), lambda name: self.tenants.tenant(name).weight, now
+        )
 
     def _tell_pressure(self, model: str, pool: Pool | None) -> None:
         """What the default placer has to know of the queue."""
