@@ -325,7 +325,7 @@ class Joint:
 
     def _among_equals(self, rows: Rows, score: Floats, least: float, load: Floats) -> int:
         """Of those that are as good as the best: by price and kind, then the least loaded, then who came first."""
-        equal = np.flatnonzero(score <= least * (1 + EQUAL) + 1e-4)
+        equal = np.flatnonzero(score <= least + EQUAL * abs(least) + 1e-4)  # loads are negative: the fullest is the least
         if len(equal) == 1:
             return int(equal[0])
         if rows.differ:
