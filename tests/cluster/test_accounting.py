@@ -267,7 +267,8 @@ def test_words_for_what_little_is_known() -> None:
     for decision in (
         {"request_id": "r", "request": {}, "promise": {}, "steps": [], "candidates": [], "came_true": None},
         {"request_id": "r", "request": {"tenant": "t"}, "promise": {"ttft_s": 1.0, "tpot_s": None},
-         "steps": [{"at_s": 0, "what": "x"}], "candidates": [{"worker": "w", "why_not": "full"}], "came_true": {"kind": "failed", "ttft_s": None}},
+         "steps": [{"at_s": 0, "what": "x"}], "candidates": [{"worker": "w", "why_not": "full"}],
+         "came_true": {"kind": "failed", "ttft_s": None}},
     ):  # fmt: skip
         found = explained("r", decision, None)
         assert found["words"][0] == "request r"
