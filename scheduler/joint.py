@@ -31,6 +31,7 @@ from scheduler.table import (
     AT_END,
     BACKLOG_S,
     COMING,
+    COMING_CONTEXT,
     CONTEXT,
     DECODE_DRIFT,
     DECODING,
@@ -94,6 +95,7 @@ class View:
         self.matches = matches
         self.is_blind = not matches
         self.leaves_room = False
+        self.has_seats = True
 
     def cached(self, rows: Rows) -> Any:
         """Tokens of the prompt that each of these holds; 0 if nobody holds any."""
@@ -180,23 +182,27 @@ class View:
         # Of those that decode now, some will have ended. Lengths are memoryless here: nobody knows when one stops.
         survivors = decoding * np.exp(-until_first / (step * self.mean))
         num_seqs = survivors + coming + choices
-        share = num_seqs / (there + choices)
+        coming_context = live[COMING_CONTEXT]
+        left = (context - coming_context) * (survivors / np.maximum(1.0, decoding)) + coming_context
         mine = choices * (prompt_len + self.expected / 2)
         # What it prefills by itself, spread over the tokens that each of those who decode there has before them.
         stalls = (live[BACKLOG_S] + extra_s) / self.mean
-        tpot = self._step(rows, num_seqs, context * share + mine) + stalls
+        tpot = self._step(rows, num_seqs, left + mine) + stalls
         blocks = rows.num_blocks_for(prompt_len)
-        begin = blocks + choices - (prompt_len % rows.block_size != 0)
+        begin = blocks + choices - (prompt_len % rows.one_block_size != 0)
         if admit.resumption and admit.local_prefill:
             # Choices that differ come back one after the other, so alone it needs no more than the first of them does.
             begin = np.where(is_empty, np.minimum(begin, blocks), begin)
+        seats = usable & (is_empty | (num_seqs <= rows.max_seqs))
+        self.has_seats = bool(seats.any())
+        if not self.has_seats:
+            return Decodes(tpot, seats, seats)
+        at_end = live[AT_END] + (blocks + choices * np.ceil(math.ceil(self.expected) / rows.one_block_size))
         # A worker keeps a block free for every other running sequence's next token; so must this prediction.
-        room = usable & (live[FREE] >= begin + there // 2)
-        at_end = live[AT_END] + blocks + choices * np.ceil(math.ceil(self.expected) / rows.block_size)
-        room &= is_empty | ((num_seqs <= rows.max_seqs) & (at_end <= rows.num_blocks))
+        room = seats & (live[FREE] >= begin + there // 2) & (is_empty | (at_end <= rows.num_blocks))
         later = tpot
         if self.leaves_room:
-            later = self._step(rows, num_seqs + ROOM_FOR * choices, context * share + (1 + ROOM_FOR) * mine) + stalls
+            later = self._step(rows, num_seqs + ROOM_FOR * choices, left + (1 + ROOM_FOR) * mine) + stalls
         return Decodes(tpot, room, self._keeps(rows, later, mine, is_empty, choices) & room)
 
     def limit(self) -> float:
@@ -208,7 +214,8 @@ class View:
         # What it could not keep even alone is lost already, and holds nobody back.
         alone = self._step(rows, choices, mine)
         own = np.where(alone * margin <= limit, limit, math.inf)
-        return is_empty | (tpot * margin <= np.minimum(own, rows.live[TPOT_LIMIT]))
+        kept: Bools = is_empty | (tpot * margin <= np.minimum(own, rows.live[TPOT_LIMIT]))
+        return kept
 
     def margin(self, rows: Rows) -> float:
         """By how much a step time is to be overestimated, so that the promised share of requests keeps its promise."""
@@ -226,6 +233,7 @@ class Joint:
         self.backlog_s = 0.0  # of prefill work that waits, for each prefill worker
         self.tightest_tpot_s = math.inf
         self.prefers_spot = False
+        self.lacks_size = True  # a smaller one might have found room
         self.free_in_s = 0.0  # when the first prefill worker's queue will be short
         self.waits_for_decode = True  # what the last one that was blocked had no room in; else it waits for a prefill worker
         self.leaves_room = False  # the request's tenant has more than its share: room for some of others' stays free
@@ -246,7 +254,7 @@ class Joint:
         view = self.view = View(admit, pool, output, matches, self._rules, now)
         view.leaves_room = self.leaves_room
         self._seen = (None, None)
-        self.waits_for_decode = True
+        self.waits_for_decode = self.lacks_size = True
         rows = pool.decode
         usable = view.usable(rows) if len(rows) else np.zeros(0, dtype=bool)
         if admit.excluded and not usable.any():
@@ -300,6 +308,7 @@ class Joint:
                 return Blocked.NO_ROOM
         at = self._choose(view, view.decodes(rows, usable, ttft), is_last=True)
         if at is None:
+            self.lacks_size = view.has_seats
             return Blocked.NO_ROOM
         worker = view.pool.prefill.workers[best]
         seen = self._seen[1]
@@ -334,7 +343,7 @@ class Joint:
 
     def _among_equals(self, rows: Rows, score: Floats, least: float, load: Floats) -> int:
         """Of those that are as good as the best: by price and kind, then the least loaded, then who came first."""
-        equal = np.flatnonzero(score <= least * (1 + EQUAL) + 1e-4)
+        equal = np.flatnonzero(score <= least + abs(least) * EQUAL + 1e-4)
         if len(equal) == 1:
             return int(equal[0])
         if rows.differ:

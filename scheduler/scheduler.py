@@ -51,7 +51,8 @@ HASH_BLOCK_LEN = 64  # tokens behind one of Admit.prefix_hashes; the gateways ha
 MAX_REMEMBERED = 65_536  # requests whose last epoch, or whose end, is remembered, so that a late message changes nothing
 MAX_PUSHED_OUT = 8  # waiting requests that one newcomer may push out of a full queue
 MAX_OVERTAKERS = 3  # smaller requests that are tried when the first of its tenant finds no decode room
-MAX_FOUND = 4096  # waiting requests for which is remembered what the prefix index holds
+MAX_SEEN = 16  # of its tenant's that are looked at for that
+MAX_FOUND = 1024  # waiting requests for which is remembered what the prefix index holds
 FORGET_FOUND_S = 0.5
 MIN_RETRY_S = 0.002
 MAX_DEAD = 64  # dead workers kept for the status
@@ -66,6 +67,10 @@ def _may_overtake(item: Item, blocked: Item) -> bool:
     """Of the same tenant and band, so that nobody else is served out of turn. Who is overtaken is refused when it gets late, and
     the time it is then given is its own."""
     return item.admit.tenant == blocked.admit.tenant and item.band == blocked.band and not item.admit.resumption
+
+
+def _may_be_overtaken(item: Item) -> bool:
+    return item.refuses_late and not item.is_appointed and not item.admit.resumption
 
 
 class Scheduler:
@@ -413,10 +418,11 @@ class Scheduler:
         self._retry_at.pop(model, None)
         walk = iter(self.queue.orders[model])
         blocked: Item | None = None  # who waits for decode room; smaller ones of its own tenant may go before it
-        num_overtakers = 0
+        num_overtakers = num_seen = 0
         for item in walk:
             if blocked is not None:
-                if not _may_overtake(item, blocked) or num_overtakers >= MAX_OVERTAKERS:
+                num_seen += 1
+                if not _may_overtake(item, blocked) or num_overtakers >= MAX_OVERTAKERS or num_seen > MAX_SEEN:
                     break
                 if item.cost > 0.9 * blocked.cost:
                     continue
@@ -440,7 +446,7 @@ class Scheduler:
                         self._blocked[model] = item.admit.request_id, waits_for_decode and self.placer is self.joint
                     if not waits_for_decode:
                         self._retry_at[model] = now + min(RETRY_S, max(MIN_RETRY_S, self.joint.free_in_s))
-                    if not waits_for_decode or not item.refuses_late or item.is_appointed or item.admit.resumption:
+                    if not (waits_for_decode and self.joint.lacks_size) or not _may_be_overtaken(item):
                         break
                     blocked = item
             else:
@@ -466,12 +472,11 @@ class Scheduler:
 
     def _has_more(self, admit: Admit, now: float) -> bool:
         """Whether its tenant holds more of the model's KV blocks than its share among those who are about."""
-        activity, held = self._active.get(admit.model), self.ledger.held
+        activity, model = self._active.get(admit.model), admit.model
         if activity is None:
             return False
-        return activity.has_more(
-            admit.tenant, lambda name: held.get((admit.model, name), 0), lambda name: self.tenants.tenant(name).weight, now
-        )
+        held, total = self.ledger.held.get((model, admit.tenant), 0), self.ledger.total_held.get(model, 0)
+        return activity.has_more(admit.tenant, held, total, lambda name: self.tenants.tenant(name).weight, now)
 
     def _tell_pressure(self, model: str, pool: Pool | None) -> None:
         """What the default placer has to know of the queue."""
