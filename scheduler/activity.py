@@ -31,7 +31,8 @@ class Activity:
         return len(came) > 1
 
     def has_more(self, tenant: str, held: int, total: int, weight: Callable[[str], float], now: float) -> bool:
-        """Whether it holds more than its share by weight among those who are about. held, total: KV blocks, its own and everybody's."""
+        """Whether it holds more than its share by weight among those who are about. held, total: KV blocks, its own and
+        everybody's."""
         if not self.others(now):
             return False
         if now - self._weights[0] >= WEIGHED_S:

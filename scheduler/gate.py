@@ -1,6 +1,7 @@
 """The door: who is let into the queue, with what taken off, and who is told when to come back. Start reading at `enter`.
 
-In order: the retries' budget, the tenant's buckets, its promise (`scheduler.forecast`). A promise that cannot be kept is first helped
+In order: the retries' budget, the tenant's buckets, its promise (`scheduler.forecast`). A promise that cannot be kept is first
+helped
 by refusing the costliest of its own tenant that still waits, if that is worse than the newcomer (Moore and Hodgson's rule for the
 fewest late jobs: earliest deadline first, and drop the longest when one gets late), then by what its class allows to be taken off
 (another model, fewer tokens, another class), and then refused. Whoever is refused gets an appointment (`scheduler.appointments`).

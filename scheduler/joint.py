@@ -6,7 +6,8 @@
                     when the prefill ends: the one with the least step time; a looser class than others goes to the fullest of them,
                     so that whole workers stay quick for who needs them
     neither         a prompt with few uncached tokens, or no prefill worker: the decode worker prefills by itself
-    deflected       the prefill pool would miss the promise, or has more to do than it can in time: a decode worker with slack does it
+    deflected       the prefill pool would miss the promise, or has more to do than it can in time: a decode worker with slack
+    does it
     overflow        only when nobody else keeps the promise
 
 Late binding: work is given to a prefill worker only while its queue is short (`lookahead_s`); the rest waits in the scheduler's
@@ -223,7 +224,8 @@ class View:
 
 
 class Joint:
-    """See the module. `pressure`: how many requests wait for each prefill worker of the model that is being placed; `packs`: whether
+    """See the module. `pressure`: how many requests wait for each prefill worker of the model that is being placed; `packs`:
+    whether
     a class with a tighter promise than the request's exists. Both set by the scheduler, which knows queue and classes."""
 
     def __init__(self, rules: Rules, max_deflected_share: float = 0.5) -> None:
@@ -377,7 +379,8 @@ class Joint:
         return max(MIN_LOOKAHEAD_S, min(MAX_LOOKAHEAD_S, LOOKAHEAD_SHARE * promise))
 
     def _choose(self, view: View, decodes: Decodes, *, is_last: bool) -> int | None:
-        """The row to decode on; None without room. is_last: nobody else is asked, so a promise that nobody keeps may be broken where
+        """The row to decode on; None without room. is_last: nobody else is asked, so a promise that nobody keeps may be broken
+        where
         the predictions are not to be trusted yet."""
         self._seen = (self._seen[0], decodes)
         rows = view.pool.decode
@@ -458,13 +461,19 @@ class Joint:
         if prefills is not None:
             rows = self.view.pool.prefill
             for i in _smallest(prefills.ttft_s):
-                ttft = float(prefills.ttft_s[i])
+                ttft_s = float(prefills.ttft_s[i])
+                can = math.isfinite(ttft_s)
                 out.append(
                     Candidate(
-                        rows.workers[i].info.name, "prefill", float(prefills.queue_s[i]), ttft if math.isfinite(ttft) else None,
-                        None, int(prefills.cached[i]), int(rows.live[NUM_PREFILLS, i]), "" if math.isfinite(ttft) else "cannot take it",
+                        rows.workers[i].info.name,
+                        "prefill",
+                        queue_s=float(prefills.queue_s[i]),
+                        ttft_s=ttft_s if can else None,
+                        cached=int(prefills.cached[i]),
+                        load=int(rows.live[NUM_PREFILLS, i]),
+                        why_not="" if can else "cannot take it",
                     )
-                )  # fmt: skip
+                )
         if decodes is not None:
             rows = self.view.pool.decode
             for i in _smallest(np.where(decodes.keeps, decodes.tpot_s, decodes.tpot_s + 1e6)):

@@ -64,7 +64,7 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
             "max_tokens": queue.max_tokens,
             "max_bytes": queue.max_bytes,
             "oldest_s": now - oldest_at if oldest_at is not None else 0.0,
-            "drain_s": max((scheduler.predicted_drain_s(model, now) for model in queue.orders), default=0.0),
+            "drain_s": max((scheduler.refusing.predicted_drain_s(model, now) for model in queue.orders), default=0.0),
         },
         "in_flight": {"total": len(entries), "prefilling": prefilling, "decoding": len(entries) - prefilling},
         "latencies": from_latency,

@@ -50,7 +50,8 @@ def _row(worker: WorkerState) -> tuple[float, ...]:
 
 
 class Rows:
-    """Workers of one role. Columns that change are in `live`, [NUM_COLUMNS, workers]; the others are written when somebody joins."""
+    """Workers of one role. Columns that change are in `live`, [NUM_COLUMNS, workers]; the others are written when somebody
+    joins."""
 
     def __init__(self) -> None:
         self.workers: list[WorkerState] = []
