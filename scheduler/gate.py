@@ -11,7 +11,7 @@ Called by `scheduler.Scheduler` only; knows queue, pools and costs, and changes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -290,6 +290,15 @@ class Gate:
         waited = now - item.queued_at
         if item.forecast_wait_s > 0.0 and item.forecast_wait_s > 0.02 * (item.admit.ttft_slo_s or 1.0):
             self.wait_error.observe(max(1e-6, waited), item.forecast_wait_s)
+
+    def status(self, now: float) -> dict[str, Any]:
+        """See `scheduler.status.status_of`."""
+        return {
+            "wait": self.wait_error.status(),
+            "appointments": len(self.appointments),
+            "show_rate": self.appointments.show_rate,
+            "prices": {model: price.level for model, price in self.prices.items()},
+        }
 
     def _pace(self, model: str) -> Pace:
         pace = self.paces.get(model)

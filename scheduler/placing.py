@@ -255,13 +255,13 @@ class Placing:
             tpot_s=placement.tpot_s,
         )
         self._scheduler.ledger.book(entry, now)
+        spec = self._scheduler.tenants.tenant(admit.tenant)
         if self._scheduler.use_index:
-            self._scheduler.index.insert(placement.decode.incarnation, admit.prefix_hashes)
-            if placement.prefill is not None:
-                self._scheduler.index.insert(placement.prefill.incarnation, admit.prefix_hashes)
-        weight = self._scheduler.tenants.tenant(admit.tenant).weight
+            for worker in (placement.decode, placement.prefill):
+                if worker is not None:
+                    self._scheduler.index.insert(worker.incarnation, admit.prefix_hashes, admit.tenant, spec.cache_share)
         predicted = placement.expected_output * admit.num_choices
-        self._scheduler.fairness.charge(admit.request_id, item.band, admit.tenant, weight, admit.prompt_len, predicted)
+        self._scheduler.fairness.charge(admit.request_id, item.band, admit.tenant, spec.weight, admit.prompt_len, predicted)
         self._scheduler.records.count("placed")
         self._scheduler.records.count("placed_disaggregated" if placement.prefill else "placed_local")
         is_joint = self._scheduler.placer is self._scheduler.joint

@@ -371,6 +371,9 @@ class Scheduler:
         """Raises AssertionError when a sum is not what its parts say."""
         self.queue.check_integrity()
         self.ledger.check_integrity(list(self.workers.values()))
+        for pool in self.pools.values():
+            pool.prefill.check_integrity()
+            pool.decode.check_integrity()
 
     def find(self, admit: Admit) -> Mapping[str, int]:
         """What workers are believed to hold of its prompt. Of one that waits this is looked up again only now and then."""
