@@ -1,6 +1,7 @@
 """The door: who is let into the queue, with what taken off, and who is told when to come back. Start reading at `enter`.
 
-In order: the retries' budget, the tenant's buckets, its promise (`scheduler.forecast`). A promise that cannot be kept is first helped
+In order: the retries' budget, the tenant's buckets, its promise (`scheduler.forecast`). A promise that cannot be kept is first
+helped
 by refusing the costliest of its own tenant that still waits, if that is worse than the newcomer (Moore and Hodgson's rule for the
 fewest late jobs: earliest deadline first, and drop the longest when one gets late), then by what its class allows to be taken off
 (another model, fewer tokens, another class), and then refused. Whoever is refused gets an appointment (`scheduler.appointments`).
@@ -10,7 +11,7 @@ Called by `scheduler.Scheduler` only; knows queue, pools and costs, and changes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -142,7 +143,7 @@ class Gate:
             return Entered(mine, terms, None, is_appointed=is_appointed)
         seen = self.forecast(mine, tenants, terms, now)
         reason = self._missed(mine, terms, seen, is_appointed)
-        is_short = seen.wait_s > SHORT * self._left(mine, terms)
+        is_short = seen.queue_s > SHORT * self._left(mine, terms)
         price = self.prices.setdefault(admit.model, Price())
         price.asked(seen.cost, is_short)
         if not reason and is_short and not is_appointed and seen.is_trusted and terms.refuses_late:
@@ -184,7 +185,8 @@ class Gate:
         until = now + terms.ttft_s if before is None else min(before, now + terms.ttft_s)
         appointed = self.appointments.work_s(admit.model, terms.band, admit.tenant, until)
         is_short = self.decode_is_short.get(admit.model, False)
-        return forecast(view, terms, ahead, appointed, self._pace(admit.model), self.wait_error, is_short)
+        price = self.prices.setdefault(admit.model, Price())
+        return forecast(view, terms, ahead, appointed, self._pace(admit.model), self.wait_error, is_short, price)
 
     def _view(self, admit: Admit, now: float) -> View:
         return View(admit, self._pools[admit.model], self._costs.output(admit.model), self._find(admit), self._rules, now)
@@ -291,6 +293,15 @@ class Gate:
         waited = now - item.queued_at
         if item.forecast_wait_s > 0.0 and item.forecast_wait_s > 0.02 * (item.admit.ttft_slo_s or 1.0):
             self.wait_error.observe(max(1e-6, waited), item.forecast_wait_s)
+
+    def status(self, now: float) -> dict[str, Any]:
+        """See `scheduler.status.status_of`."""
+        return {
+            "wait": self.wait_error.status(),
+            "appointments": len(self.appointments),
+            "show_rate": self.appointments.show_rate,
+            "prices": {model: price.level for model, price in self.prices.items()},
+        }
 
     def _pace(self, model: str) -> Pace:
         pace = self.paces.get(model)

@@ -73,6 +73,11 @@ class Entry:
         return self.prefill or self.decode
 
     @property
+    def uncached(self) -> int:
+        """Prompt tokens to be computed."""
+        return self.prompt_len - self.cached
+
+    @property
     def num_context_tokens(self) -> float:
         """Summed over its choices, half way through their expected output."""
         return self.num_choices * (self.prompt_len + self.expected_output / 2)
@@ -121,11 +126,13 @@ class WorkerState:
         # Prefill queue: everything that will be prefilled here, in order, with its predicted seconds.
         self.prefills: OrderedDict[str, Entry] = OrderedDict()
         self.prefill_backlog_s = 0.0
+        self.prefill_tokens = 0  # of these prompts, what no cache holds
         self.prefill_head_since = now  # when the one at the head began
         # Sums over `entries`.
         self.num_coming = 0  # choices whose prefill is not over
         self.num_decoding = 0
         self.num_context_tokens = 0.0
+        self.num_coming_tokens = 0.0  # of these, of those whose prefill is not over
         self.blocks_at_end = 0
         self.limits: dict[float, int] = {}  # seconds a token -> how many of `entries` were promised it
         self.tpot_limit = math.inf  # the least of them
@@ -180,6 +187,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
+        self.total_held: dict[str, int] = {}  # by model
         self.held: dict[tuple[str, str], int] = {}  # model, tenant -> KV blocks at the end of what runs for it
 
     def _hold(self, entry: Entry, by: int) -> None:
@@ -189,6 +197,7 @@ class Ledger:
             self.held[key] = held
         else:
             self.held.pop(key, None)
+        self.total_held[entry.model] = self.total_held.get(entry.model, 0) + by * entry.num_blocks_at_end
 
     def book(self, entry: Entry, now: float) -> None:
         """A placement, booked before anybody is told of it."""
@@ -198,6 +207,7 @@ class Ledger:
         decode.entries[entry.request_id] = entry
         decode.num_coming += entry.num_choices
         decode.num_context_tokens += entry.num_context_tokens
+        decode.num_coming_tokens += entry.num_context_tokens
         decode.blocks_at_end += entry.num_blocks_at_end
         decode.blocks_unseen += entry.num_blocks_now
         decode.promise(entry.tpot_limit, 1)
@@ -206,6 +216,7 @@ class Ledger:
         if not prefilling.prefills:
             prefilling.prefill_head_since = now
         prefilling.prefills[entry.request_id] = entry
+        prefilling.prefill_tokens += entry.uncached
         prefilling.prefill_backlog_s += entry.prefill_s
 
     def first_token(self, entry: Entry, now: float) -> None:
@@ -215,6 +226,7 @@ class Ledger:
         entry.first_token_at = now
         self._leave_prefill(entry, now)
         entry.decode.num_coming -= entry.num_choices
+        entry.decode.num_coming_tokens -= entry.num_context_tokens
         entry.decode.num_decoding += entry.num_choices
 
     def free(self, entry: Entry, now: float) -> None:
@@ -225,6 +237,7 @@ class Ledger:
         if entry.first_token_at is None:
             self._leave_prefill(entry, now)
             decode.num_coming -= entry.num_choices
+            decode.num_coming_tokens -= entry.num_context_tokens
         else:
             decode.num_decoding -= entry.num_choices
         decode.num_context_tokens -= entry.num_context_tokens
@@ -232,7 +245,7 @@ class Ledger:
         decode.promise(entry.tpot_limit, -1)
         self._hold(entry, -1)
         if not decode.entries:
-            decode.num_context_tokens = 0.0  # floats that were added and taken away
+            decode.num_context_tokens = decode.num_coming_tokens = 0.0  # floats that were added and taken away
         if not entry.is_seen:
             decode.blocks_unseen -= entry.num_blocks_now
         elif entry.num_missed == 0:  # the last heartbeat still counted its blocks as used
@@ -244,6 +257,7 @@ class Ledger:
         was_head = next(iter(worker.prefills), None) == entry.request_id
         if worker.prefills.pop(entry.request_id, None) is None:
             return
+        worker.prefill_tokens -= entry.uncached
         worker.prefill_backlog_s = max(0.0, worker.prefill_backlog_s - entry.prefill_s) if worker.prefills else 0.0
         if was_head:
             worker.prefill_head_since = now
@@ -331,6 +345,8 @@ class Ledger:
             decoding = sum(e.num_choices for e in entries if e.first_token_at is not None)
             assert worker.num_coming == coming, f"{name}: {worker.num_coming} coming, entries say {coming}"
             assert worker.num_decoding == decoding, f"{name}: {worker.num_decoding} decoding, entries say {decoding}"
+            tokens = sum(e.num_context_tokens for e in entries if e.first_token_at is None)
+            assert math.isclose(worker.num_coming_tokens, tokens, abs_tol=1e-3), f"{name}: {worker.num_coming_tokens} coming"
             at_end = sum(e.num_blocks_at_end for e in entries)
             assert worker.tpot_limit == min((e.tpot_limit for e in entries), default=math.inf), f"{name}: {worker.tpot_limit}"
             assert worker.blocks_at_end == at_end, f"{name}: {worker.blocks_at_end} blocks, entries say {at_end}"
@@ -338,6 +354,7 @@ class Ledger:
             assert worker.blocks_unseen == unseen, f"{name}: {worker.blocks_unseen} unseen, entries say {unseen}"
             assert set(worker.prefills) <= self.entries.keys(), f"{name}: prefills of nobody"
             backlog = sum(e.prefill_s for e in worker.prefills.values())
+            assert worker.prefill_tokens == sum(e.uncached for e in worker.prefills.values()), f"{name}: {worker.prefill_tokens}"
             assert math.isclose(worker.prefill_backlog_s, backlog, abs_tol=1e-6), f"{name}: {worker.prefill_backlog_s}"
         held = sum(e.num_blocks_at_end for e in self.entries.values())
         assert sum(self.held.values()) == held, f"tenants hold {self.held}, entries say {held}"
