@@ -18,7 +18,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import authenticator
+from api.auth import Doorkeeper, authenticator
 from api.backend import Backend, Settings
 from api.errors import MethodNotAllowed, RouteNotFound, error_response
 from api.notices import add_notice_routes
@@ -38,31 +38,37 @@ def build_app(backend: Backend, tokenizer: Tokenizer | Mapping[str, Tokenizer], 
     tokenizer: of every model, or one for each, by the name under which its workers register it.
     """
     settings = settings or Settings()
+    keeper = Doorkeeper(settings, backend.tenants)
     app = FastAPI(
         title="Tandem",
         version=settings.version,
-        dependencies=[Depends(authenticator(settings))],
+        dependencies=[Depends(authenticator(keeper))],
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         openapi_url=None,  # served by a route of ours, behind the key
         redirect_slashes=False,
     )
-    service = Service(backend, tokenizer, settings)
+    service = Service(backend, tokenizer, settings, keeper)
     app.state.service = service
     add_openai_routes(app, service)
     add_observation_routes(app, service)
     add_operation_routes(app, service)
     add_notice_routes(app, service)
     _add_error_handlers(app)
-    app.add_middleware(Edge)
+    app.add_middleware(Edge, names_answers=not settings.proxy_names_requests)
     return app
 
 
 class Edge:
-    """The outermost layer of ours: gives every answer its X-Request-Id, and turns what nobody caught into a 500."""
+    """The outermost layer of ours: gives every answer its X-Request-Id, and turns what nobody caught into a 500.
 
-    def __init__(self, app: ASGIApp) -> None:
+    names_answers: false behind a proxy that gives every request a name and puts it on the answer itself; two headers of one name
+    would be one value, "a, a", for a browser.
+    """
+
+    def __init__(self, app: ASGIApp, names_answers: bool = True) -> None:
         self._app = app
+        self._names_answers = names_answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,7 +83,8 @@ class Edge:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if self._names_answers:
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:

@@ -19,6 +19,7 @@ from ray.serve import Application
 
 from cluster.deployments import GatewayReplica, OverflowReplica, WorkerReplica
 from cluster.sizes import deployment_name
+from cluster.tenants_file import check_tenants
 from configs.check import check
 from configs.schema import Config, with_inherited
 from models.config import read_config
@@ -38,6 +39,7 @@ def build(args: dict[str, Any]) -> Application:
     if config.gateway.api_key is None and (key := os.environ.get("TANDEM_GATEWAY_API_KEY")):
         config = msgspec.structs.replace(config, gateway=msgspec.structs.replace(config.gateway, api_key=key))
     check(config)
+    check_tenants(config)
     secret = args.get("secret") or os.environ.get("TANDEM_CLUSTER_SECRET", "")
     if len(secret) < 16:
         raise ConfigError("no cluster secret of at least 16 characters: set TANDEM_CLUSTER_SECRET on every node")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import getpass
 import json
 import os
 import re
@@ -38,6 +39,7 @@ PACKAGES = (
     "cluster",
 )
 ROOT = Path(__file__).resolve().parents[1]
+MIN_KEY_LEN = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,6 +116,11 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("request_id", metavar="REQUEST_ID", help="its X-Request-Id, or the id of /dashboard/requests")
     trace.add_argument("--json", action="store_true", help="as JSON")
     _add_place(trace)
+    explain = command("explain", run_explain, "One decision of the scheduler: candidates, predictions, choice, what came true.")
+    explain.add_argument("request_id", metavar="REQUEST_ID", help="its X-Request-Id, or the id of /dashboard/requests")
+    explain.add_argument("--json", action="store_true", help="as JSON")
+    _add_place(explain)
+    _add_tenants(command)
     sla = command("sla", None, "Promises and what was kept.")
     sla.set_defaults(run=lambda _: _help(sla))
     of_sla = sla.add_subparsers(metavar="COMMAND", title="commands")
@@ -131,6 +138,15 @@ def build_parser() -> argparse.ArgumentParser:
     command("bench", None, "Measure a server: `tandem bench serve --help`.")  # parsed where it is run, see main
     command("version", run_version, "Versions of this and of what it stands on.")
     return parser
+
+
+def _add_tenants(command: Any) -> None:
+    tenants = command("tenants", None, "The file of classes and tenants (--tenants FILE).")
+    tenants.set_defaults(run=lambda _: _help(tenants))
+    inside = tenants.add_subparsers(metavar="COMMAND", title="commands")
+    check = command("check", run_tenants_check, "Whether a file can be used: its line and the reason, or what is in it.", inside)
+    check.add_argument("file", metavar="FILE", help="YAML with classes and tenants")
+    command("hash-key", run_tenants_hash_key, "Reads a key from standard input, prints its line for the file.", inside)
 
 
 def _help(parser: argparse.ArgumentParser) -> int:
@@ -259,6 +275,44 @@ def run_trace(args: argparse.Namespace) -> int:
     from cluster.trace_view import show
 
     return show(*_place(args), args.request_id, args.json)
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    from cluster.explain import show
+
+    return show(*_place(args), args.request_id, args.json)
+
+
+def run_tenants_check(args: argparse.Namespace) -> int:
+    from configs.tenants import read_file, version_of
+
+    found = read_file(args.file)
+    print(f"{args.file}: {len(found.classes)} classes, {len(found.tenants)} tenants, version {version_of(found)}")
+    for name, one in found.classes.items():
+        print(f"  class {name}: {one.ttft_s:g} s, {one.tpot_s:g} s a token, {one.attainment:.3%} of requests, band {one.band}")
+    unreachable = [name for name, one in found.tenants.items() if not one.api_keys and name != "default"]
+    if unreachable:
+        print(f"  note: without a key, so that nobody can come as one of them: {', '.join(unreachable)}")
+    if not any(one.api_keys for one in found.tenants.values()):
+        print("  note: no tenant has a key; without gateway.api_key everybody comes in, as `default`")
+    elif not any(one.is_operator for one in found.tenants.values()):
+        print("  note: no tenant is an operator; without gateway.api_key nobody sees /admin and the dashboard's figures")
+    return 0
+
+
+def run_tenants_hash_key(args: argparse.Namespace) -> int:
+    from configs.tenants import hash_key
+
+    key = getpass.getpass("key: ") if sys.stdin.isatty() else sys.stdin.readline()
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            "a key is one line of printable ASCII on standard input, such as: openssl rand -hex 24 | tandem tenants hash-key"
+        )
+    if len(key) < MIN_KEY_LEN:
+        raise ConfigError(f"a key of {len(key)} characters can be guessed; take at least {MIN_KEY_LEN}")
+    print(f"api_keys: [{hash_key(key)}]")
+    return 0
 
 
 def run_sla_report(args: argparse.Namespace) -> int:

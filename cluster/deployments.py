@@ -49,18 +49,21 @@ class SchedulerActor:
         from cluster.history import promises_of
         from cluster.metrics import ClusterMetrics
         from cluster.scheduler_service import SchedulerService
+        from cluster.tenants_file import TenantsFile, reserved_keys
         from scheduler.scheduler import Scheduler
 
         async with self._lock:
             if self._network is None:
                 network = SocketNetwork("scheduler", self._secret, self._config.transfer.bind_host)
                 clock = time.monotonic  # uvloop rounds its own clock to milliseconds
+                path = self._config.scheduler.tenants_file
                 scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
                 self._service = SchedulerService(
                     scheduler,
                     network,
                     clock,
                     ClusterMetrics(self._config.served_name, promises_of(self._config.scheduler)),
+                    TenantsFile(path, reserved_keys(self._config)) if path is not None else None,
                 )
                 await self._service.start()
                 self._network = network
@@ -68,7 +71,7 @@ class SchedulerActor:
 
     async def status(self) -> dict[str, Any]:
         await self.address()
-        return self._service.scheduler.status(time.monotonic())
+        return self._service.status(time.monotonic())
 
     async def sizes(self) -> dict[str, int]:
         """How many replicas each pool that follows its load should have, by the name of its deployment."""
@@ -226,7 +229,7 @@ class GatewayReplica:
         network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)
         find = SchedulerFinder(config_json, secret, network)
         try:
-            self._door = Door(config, network, find, gateway_id, secret, _observers(config))
+            self._door = Door(config, network, find, gateway_id, secret, _observers(config), proxy_names_requests=True)
             await self._door.start()
         except Exception as error:
             await tell_failure(network, find, f"gateway:{index}", "gateway", "", error)

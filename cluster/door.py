@@ -16,16 +16,17 @@ import msgspec
 from fastapi import FastAPI
 
 from api.app import build_app
-from api.auth import DEFAULT_TENANT
-from api.backend import ModelCard, Settings, hash_api_key
+from api.backend import InForce, ModelCard, Settings, hash_api_key
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
 from cluster import otel
 from cluster.gateway import Gateway, Limits
 from cluster.history import mark_document
 from cluster.preflight import max_model_len
+from cluster.tenants_view import TenantsView
 from cluster.walk import Walk
-from configs.schema import Config, tenants_of
+from configs.schema import Config
+from configs.tenants import DEFAULT_TENANT, Tenants, without_file
 from models.config import read_config
 from models.locate import locate
 from protocol.errors import NotFound, TandemError
@@ -65,6 +66,7 @@ class Door:
         gateway_id: str,
         secret: bytes,
         observers: Sequence[Callable[[Request, Outcome], None]] = (),
+        proxy_names_requests: bool = False,
     ) -> None:
         served = [_served(one) for one in config.each()]
         self._cards = [card for card, _ in served]
@@ -74,6 +76,7 @@ class Door:
         self._spans = otel.open_spans(endpoint) if otel.is_wanted(endpoint, os.environ) else None
         self._status: dict[str, Any] = {}
         self._reason = "starting: no worker has reported yet"
+        self._tenants = TenantsView(_without_file(config) if config.scheduler.tenants_file is None else None)
         self._gateway = Gateway(
             gateway_id,
             network,
@@ -84,14 +87,15 @@ class Door:
             config.model.seed,
             config.gateway.timelines,
             [*observers, *([self._spans] if self._spans is not None else [])],
+            self._tenants,
+            self._adapted,
         )
-        keys = tenants_of(config.gateway)
-        if config.gateway.api_key:
-            keys[config.gateway.api_key] = DEFAULT_TENANT
+        key = config.gateway.api_key
         settings = Settings(
-            api_keys={hash_api_key(key): tenant for key, tenant in keys.items()},
-            operators=(DEFAULT_TENANT,) if len(keys) > 1 else (),
+            api_keys={hash_api_key(key): DEFAULT_TENANT} if key else {},
             salt_secret=secret,
+            priority_crosses_tenants=config.scheduler.policy == "priority",
+            proxy_names_requests=proxy_names_requests,
             max_body_bytes=config.gateway.max_body_bytes,
             promise_ttft_s=config.scheduler.ttft_target_s,
             promise_tpot_s=config.scheduler.tpot_target_s,
@@ -113,7 +117,11 @@ class Door:
     # ---- api.backend.Backend -----------------------------------------------------------------------------------------
 
     def generate(self, request: Request) -> AsyncIterator[Event]:
-        return self._gateway.generate(request)
+        in_force = self._tenants.in_force().tenants
+        return self._gateway.generate(request, tells_placed=in_force.slo_class(request.slo_class).may_degrade)
+
+    def tenants(self) -> InForce:
+        return self._tenants.in_force()
 
     def models(self) -> list[ModelCard]:
         return self._cards
@@ -152,6 +160,17 @@ class Door:
         assert isinstance(answer, Metrics)
         return answer.text
 
+    def _adapted(self, request: Request, model: str) -> Request | None:
+        """The request as another model of this cluster takes it: only one that reads text alike. A prompt of other token ids would
+        have to be tokenized anew, and its text is not here any more (a chat's never was, as the other's template writes it)."""
+        card = next((card for card in self._cards if model in (card.id, card.model)), None)
+        mine = self._tokenizers.get(request.model)
+        if card is None or mine is None or mine.fingerprint != self._tokenizers[card.id].fingerprint:
+            return None
+        if request.max_total_len > card.max_model_len:
+            return None
+        return msgspec.structs.replace(request, model=card.model or card.id, eos_token_ids=card.eos_token_ids)
+
     # ---- readiness ---------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
@@ -165,6 +184,8 @@ class Door:
                 self._has_been_ready |= {name for name, reason in reasons.items() if not reason}
                 has_begun = len(self._has_been_ready) == len(reasons) or time.monotonic() > patient_until
                 not_ready = [reason for reason in reasons.values() if reason]
+                if self._tenants.is_missing:
+                    not_ready, has_begun = ["the tenants file has not come from the scheduler yet"], False
                 self._reason = not_ready[0] if not_ready and (not has_begun or len(not_ready) == len(reasons)) else ""
             except (TandemError, OSError) as error:
                 self._reason = f"the scheduler does not answer: {error}"
@@ -204,6 +225,11 @@ def _why_not_ready(status: dict[str, Any], model: str) -> str:
         return f"no decode worker of {model} is alive"
     fresh = [w for w in decode if 0 <= w["stats"]["last_token_age_s"] < FRESH_TOKEN_S]
     return "" if fresh else f"no decode worker of {model} has produced a token in the last {FRESH_TOKEN_S:.0f} s"
+
+
+def _without_file(config: Config) -> Tenants:
+    scheduler = config.scheduler
+    return without_file(scheduler.ttft_target_s, scheduler.tpot_target_s, scheduler.attainment_target)
 
 
 def _served(config: Config) -> tuple[ModelCard, Tokenizer]:

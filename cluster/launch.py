@@ -97,6 +97,9 @@ class Interrupts:
 
 def _with_absolute_path(config: Config) -> Config:
     """Files are named from where the user stands; the workers stand elsewhere."""
+    if config.scheduler.tenants_file is not None:
+        file = str(Path(config.scheduler.tenants_file).expanduser().resolve())
+        config = msgspec.structs.replace(config, scheduler=msgspec.structs.replace(config.scheduler, tenants_file=file))
     also = tuple(msgspec.structs.replace(one, model=_found_from_anywhere(one.model)) for one in config.also)
     return msgspec.structs.replace(config, model=_found_from_anywhere(config.model), also=also)
 
@@ -373,11 +376,13 @@ def _watch(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop
     """
     known: dict[str, str] = {}
     missed: set[str] = set()
+    refused = ""
     expected = sum(one.prefill.replicas + one.decode.replicas for one in config.each()) + len(config.overflow)
     while not stop.is_set():
         changes = config.is_sized or len(known) < expected or missed
         status = _print_phases(actor, seen, line) if changes else _status(actor)
         if status:
+            refused = _tell_tenants(status.get("tenants_file") or {}, refused, line)
             alive = {w["name"]: w["incarnation"] for w in status.get("workers", ()) if w["alive"]}
             missing = known.keys() - alive.keys()
             for name, incarnation in alive.items():
@@ -389,6 +394,15 @@ def _watch(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop
             missed = set(missing - missed)
             known |= alive
         stop.wait(1.0)
+
+
+def _tell_tenants(file: dict[str, Any], known: str, line: Line) -> str:
+    """What is wrong with the tenants file, once; -> what was told last."""
+    problem = file.get("problem")
+    told = f"{file['path']}:{problem['line']}: {problem['reason']}" if problem else ""
+    if told != known:
+        line(f"tenants file {told}; the old one stays in force" if told else f"tenants file {file.get('path')} is in force")
+    return told
 
 
 def _status(actor: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from cluster.metrics import ClusterMetrics
 from cluster.overflow_life import OverflowLife
 from cluster.preflight import max_model_len
 from cluster.scheduler_service import SchedulerService
+from cluster.tenants_file import TenantsFile, reserved_keys
 from configs.schema import Config
 from decode.worker import DecodeWorker
 from models.load import LoadedModel
@@ -133,7 +134,9 @@ class LocalCluster:
         network = self._hub.network("scheduler")
         metrics = ClusterMetrics(self.config.served_name, promises_of(self.config.scheduler))
         scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
-        self.service = SchedulerService(scheduler, network, asyncio.get_running_loop().time, metrics)
+        path = self.config.scheduler.tenants_file
+        file = TenantsFile(path, reserved_keys(self.config)) if path is not None else None
+        self.service = SchedulerService(scheduler, network, asyncio.get_running_loop().time, metrics, file)
         await self.service.start()
         self._scheduler_address = network.address
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from configs.schema import Config, is_loopback, tenants_of
+from configs.schema import Config, is_loopback
 from protocol.errors import ConfigError
 
 
@@ -19,10 +19,6 @@ def check(config: Config) -> None:
         )
     if gateway.api_key is not None and (not gateway.api_key.strip() or not gateway.api_key.isascii()):
         raise ConfigError("gateway.api_key must be printable ASCII and not blank", param="gateway.api_key")
-    if tenants_of(gateway) and gateway.api_key is None:
-        raise ConfigError(
-            "gateway.tenant_keys wants gateway.api_key beside it, for those who look after all", param="gateway.api_key"
-        )
     labels: dict[str, int] = {}
     for i, one in enumerate(config.each()):
         where = f"also.{i - 1}." if i else ""

@@ -61,7 +61,8 @@ class Resolved(msgspec.Struct, frozen=True):
 def presets() -> list[str]:
     """Names of the presets that are shipped."""
     folder = resources.files("configs")
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    names = (item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(name for name in names if "." not in name)  # tenants.example.yaml is none
 
 
 def env_name(key: str) -> str:

@@ -14,10 +14,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from protocol.errors import ConfigError
 from protocol.parallel import Parallel
 
-SECRET_KEYS = frozenset({"gateway.api_key", "gateway.tenant_keys"})  # never printed
+SECRET_KEYS = frozenset({"gateway.api_key"})  # never printed
 # These also take "512MiB".
 BYTE_KEYS = frozenset({"model.kv_cache_bytes", "model.host_cache_bytes", "gateway.max_body_bytes", "scheduler.max_queue_bytes"})
 
@@ -129,9 +128,6 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     port: Annotated[int, Meta(ge=1, le=65535), says("port of the OpenAI-compatible endpoint")] = 8000
     replicas: Annotated[Count, says("gateway processes")] = 1
     api_key: Annotated[str | None, says("clients send it as bearer token; in TANDEM_GATEWAY_API_KEY `ps` cannot see it")] = None
-    tenant_keys: Annotated[
-        str | None, says("bearer tokens of tenants, NAME=KEY,NAME=KEY; then api_key is the operators', who alone see everybody's")
-    ] = None
     max_body_bytes: Annotated[Bytes, says("largest HTTP body")] = 32 * 2**20
     request_timeout_s: Annotated[Seconds, says("a request, door to door, then 504")] = 3600.0
     keep_alive_s: Annotated[Seconds, says("an idle HTTP connection stays open")] = 30.0
@@ -424,18 +420,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def tenants_of(gateway: GatewayConfig) -> dict[str, str]:
-    """gateway.tenant_keys as key -> tenant. Raises ConfigError, which shows no key."""
-    found: dict[str, str] = {}
-    for pair in (gateway.tenant_keys or "").split(","):
-        name, _, key = (part.strip() for part in pair.partition("="))
-        if not pair.strip():
-            continue
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or not key.isascii() or not key or name == "default":
-            raise ConfigError("gateway.tenant_keys is NAME=KEY,NAME=KEY; a name has a-z, 0-9, - and _", param="gateway.tenant_keys")
-        if key in found or key == gateway.api_key:
-            raise ConfigError(f"gateway.tenant_keys: the key of {name} is another's already", param="gateway.tenant_keys")
-        found[key] = name
-    return found

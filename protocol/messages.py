@@ -31,7 +31,8 @@ class Admit(msgspec.Struct, frozen=True, tag="admit", kw_only=True):
     resumption: it was running and goes to the head of the queue. deadline_s: give up after so long in the queue.
     local_prefill: the decode worker must prefill by itself (choices that already differ cannot share one prefill).
     ttft_slo_s, tpot_slo_s: the request's own promise, never looser than its class's; none: the class's. is_retry: the client
-    says that it was refused before. waited_s: since the gateway has had it, which its promise counts too.
+    says that it was refused before. waited_s: since the gateway has had it, which its promise counts too. keeps_model: its tokens
+    mean nothing to the model that its class would fall back to. tenants_version: of the file under which its rights were judged.
     """
 
     request_id: str
@@ -53,6 +54,8 @@ class Admit(msgspec.Struct, frozen=True, tag="admit", kw_only=True):
     tpot_slo_s: float | None = None
     is_retry: bool = False
     waited_s: float = 0.0
+    keeps_model: bool = False
+    tenants_version: str = ""
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
@@ -70,7 +73,11 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Outcome(msgspec.Struct, frozen=True, tag="outcome", kw_only=True):
-    """The gateway alone tells how a request ended. kind: "finished" | "failed" | "cancelled"."""
+    """The gateway alone tells how a request ended. kind: "finished" | "failed" | "cancelled".
+
+    slo_class: whose promise it had in the end; asked_class: another one, when it was degraded out of that. degraded: as the ticket
+    said. ttft_slo_s, tpot_slo_s: as in Admit, its own promise beside its class's.
+    """
 
     request_id: str
     epoch: int
@@ -87,6 +94,10 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome", kw_only=True):
     failure_kind: str = ""
     finish_reason: str = ""  # of the first choice, when finished: "stop" | "length"
     trace: Trace | None = None
+    asked_class: str = ""
+    degraded: str = ""
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
 
     @property
     def was_refused(self) -> bool:
@@ -95,10 +106,36 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome", kw_only=True):
 
 
 class GatewayBeat(msgspec.Struct, frozen=True, tag="gateway_beat"):
-    """I am alive, and these requests are mine as (request_id, epoch). -> Ok. Missing beats free what the gateway held."""
+    """I am alive, and these requests are mine as (request_id, epoch). -> Ok, or TenantsVersion where the cluster has a tenants
+    file. Missing beats free what the gateway held. tenants_version: of the file that it goes by; "" without one."""
 
     gateway_id: str
     in_flight: tuple[tuple[str, int], ...]
+    tenants_version: str = ""
+
+
+class TenantsVersion(msgspec.Struct, frozen=True, tag="tenants_version"):
+    """Which version of the tenants file is in force; "" while none is, as the file cannot be used: then `OfferTenants` helps."""
+
+    version: str
+
+
+class AskTenants(msgspec.Struct, frozen=True, tag="ask_tenants"):
+    """-> TenantsInForce; Failure("Overloaded") while the scheduler has none."""
+
+
+class TenantsInForce(msgspec.Struct, frozen=True, tag="tenants_in_force"):
+    """The tenants file as it was taken, all of it. loaded: unix seconds. tenants: configs.tenants.Tenants as msgpack."""
+
+    version: str
+    loaded: float
+    tenants: bytes
+
+
+class OfferTenants(msgspec.Struct, frozen=True, tag="offer_tenants"):
+    """A gateway to a scheduler that was restarted and cannot use the file: what was in force before. -> Ok"""
+
+    offered: TenantsInForce
 
 
 class AskStatus(msgspec.Struct, frozen=True, tag="ask_status"):
@@ -113,7 +150,7 @@ class AskHistory(msgspec.Struct, frozen=True, tag="ask_history", kw_only=True):
     """-> Status: one document of `cluster/history.py`; Failure("NotFound") for a request that it does not know.
 
     what: "snapshot" (with the hour's series) | "tick" (with its newest point) | "requests" (tenant, state, limit) |
-    "request" (request_id, which may be the client's own) | "sla" (window_s).
+    "request" | "decision" (request_id, which may be the client's own) | "sla" (window_s).
     """
 
     what: str
@@ -393,6 +430,10 @@ Message = (
     | Progress
     | Outcome
     | GatewayBeat
+    | TenantsVersion
+    | AskTenants
+    | TenantsInForce
+    | OfferTenants
     | AskStatus
     | Status
     | AskMetrics

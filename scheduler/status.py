@@ -39,7 +39,7 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
                        withdrawn abandoned rejected reservations_refused adopted workers_lost gateways_lost;
                        a refused request counts as rejected alone, not as failed
     rejections         reason -> count: queue_requests queue_tokens queue_bytes tenant_share would_time_out
-                       queue_timeout no_worker too_long
+                       queue_timeout no_worker too_long tenant_requests tenant_tokens slo_ttft slo_tpot retry_budget shed
     tokens             of requests that ended after their first token: prompt cached output
     totals             role -> cumulative WorkerStats counters over all workers, the dead included
     gateways           [gateway_id, beat_age_s, in_flight]

@@ -48,6 +48,8 @@ OTHER = {
     "--host": "127.0.0.2",
     "--port": "8123",
     "--api-key": "secret",
+    "--scheduling-policy": "fair",
+    "--tenants": "t.yaml",
     "--kv-transport": "tcp",
 }
 
