@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.system.fake_openai import FakeServer
 from tests.system.local import oracle
 from tests.system.served import Served, serve
 
@@ -109,6 +111,37 @@ def test_a_notice_to_the_only_decode_worker_of_a_model_loses_nothing(two: Served
     two.wait(lambda: alive(two).get("toy/decode:0", {}).get("incarnation", before) != before, 60, "another one in its place")
     assert two.status()["counters"].get("failed", 0) == 0
     assert two.status()["counters"].get("resumed", 0) >= 1
+
+
+# ---- overflow --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    """In a thread of its own, because this test's own waits."""
+    loop, server = asyncio.new_event_loop(), FakeServer()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
+    yield server
+    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+@pytest.mark.more
+def test_a_burst_spills_over_to_another_server(tmp_path: Path, fake: FakeServer) -> None:
+    own = ("--prefill", "0", "--kv-cache-memory-bytes", "64MiB", "--max-num-seqs", "1", "--set", "scheduler.ttft_target_s=0.4")
+    with serve(tmp_path, "toy", *own, "--overflow", f"{fake.url},model=m,max_num_seqs=4", patience_s=180) as running:
+        running.wait(lambda: set(alive(running)) == {"decode:0", "overflow:0"}, 60, "both")
+        toy(running, 1)
+        assert len(fake.bodies) == 1, "a look at it, and nothing else"
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: toy(running, i, 300), range(16)))
+        assert 1 < len(fake.bodies) < 17
+        assert alive(running)["decode:0"]["stats"]["generation_tokens"] > 0
+        assert running.status()["counters"].get("failed", 0) == 0
+        assert f"overflow to {fake.url}" in running.log.read_text()
 
 
 # ---- pools that follow their load --------------------------------------------------------------------------------------
