@@ -59,12 +59,13 @@ class SchedulerActor:
                 network = SocketNetwork("scheduler", self._secret, self._config.transfer.bind_host)
                 clock = time.monotonic  # uvloop rounds its own clock to milliseconds
                 path = self._config.scheduler.tenants_file
+                names = ",".join(one.served_name for one in self._config.each())  # its series are of all models together
                 scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
                 self._service = SchedulerService(
                     scheduler,
                     network,
                     clock,
-                    ClusterMetrics(self._config.served_name, promises_of(self._config.scheduler)),
+                    ClusterMetrics(names, promises_of(self._config.scheduler)),
                     TenantsFile(path, reserved_keys(self._config)) if path is not None else None,
                 )
                 await self._service.start()

@@ -205,3 +205,31 @@ def test_a_pool_goes_from_one_to_three_and_back_under_a_step_load(tmp_path: Path
         assert heavy.num_done > 20
         serves = json.loads(urllib.request.urlopen(f"{running.url}/v1/models").read())
         assert serves["data"][0]["id"] == "toy"
+
+
+# ---- a change of role --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.more
+def test_a_worker_changes_its_role_under_serve(tmp_path: Path) -> None:
+    """Two prefill workers and many long answers: one of them decodes, in the same process, and no answer is the worse for it."""
+    keys = ["switch_roles=true", "scale_up_s=2", "switch_cooldown_s=5", "drain_s=5"]
+    sets = [part for key in keys for part in ("--set", f"scheduler.{key}")]
+    own = ("--prefill", "2", "--kv-cache-memory-bytes", "64MiB", "--max-num-seqs", "4")
+    with serve(tmp_path, "toy", *own, *sets, patience_s=180) as running:
+        running.wait(lambda: len(alive(running)) == 3, 60, "three workers")
+        before = {name: w["pid"] for name, w in alive(running).items()}
+        load = Load(running)
+        load.run(12, 300)
+        roles: Callable[[], list[str]] = lambda: [w["role"] for w in alive(running).values()]  # noqa: E731
+        took_s = running.wait(lambda: roles().count("decode") == 2, 90, "a second decode worker")
+        time.sleep(3)
+        load.end()
+        (name,) = alive(running).keys() - before.keys()
+        print(f"\n{name} after {took_s:.1f} s")
+        assert alive(running)[name]["pid"] in before.values()
+        assert alive(running)[name]["stats"]["generation_tokens"] > 0
+        assert not load.failures
+        assert running.status()["counters"].get("failed", 0) == 0
+        events = json.loads(running.get("/dashboard/data?once=1")[1])["events"]
+        assert "role_switch" in [event["kind"] for event in events]
