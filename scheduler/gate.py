@@ -98,8 +98,10 @@ class Gate:
             raise Refusal(error, "retry_budget")
         tokens = self._bucket_tokens(admit)
         if kept is not None and kept.tokens:
+            # What it needs was set aside; what is set aside for those who come later must not stand in its way.
             self.buckets.take(admit.tenant, tenants.tenant(admit.tenant), -kept.tokens, now, -1.0)
-        self._check_buckets(admit, tenants, terms, tokens, now)
+        else:
+            self._check_buckets(admit, tenants, terms, tokens, now)
         entered = self._keep_promise(admit, tenants, terms, kept is not None, now)
         self.buckets.take(admit.tenant, tenants.tenant(admit.tenant), tokens, now)
         self.buckets.remember(admit.request_id, admit.tenant, tokens)
