@@ -102,6 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     serve = command("serve", run_serve, "Start a cluster on this machine with an OpenAI-compatible endpoint.")
     _add_options(serve)
+    deploy = command("deploy", run_deploy, "The same on a Ray cluster that is up already.")
+    deploy.add_argument("--print", dest="only_print", action="store_true", help="only print the file that `serve deploy` takes")
+    _add_options(deploy)
     config = command("config", None, "Look at the configuration.")
     config.set_defaults(run=lambda _: _help(config))
     inside = config.add_subparsers(metavar="COMMAND", title="commands")
@@ -237,6 +240,17 @@ def run_serve(args: argparse.Namespace) -> int:
     from cluster.launch import run
 
     return run(resolved)
+
+
+def run_deploy(args: argparse.Namespace) -> int:
+    resolved = resolve(args)
+    check_nothing_shadows()
+    from cluster.preflight import examine
+
+    examine(resolved.config)
+    from cluster.deploy import run
+
+    return run(resolved, args.only_print)
 
 
 def run_config_show(args: argparse.Namespace) -> int:

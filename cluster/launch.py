@@ -22,14 +22,13 @@ from typing import Any
 
 import msgspec
 
+from cluster.deploy import APP_NAME, apply, document, with_absolute_paths
 from configs.load import Resolved
-from configs.schema import Config, ModelConfig
+from configs.schema import Config
 from protocol.errors import ConfigError, TandemError
 
 log = logging.getLogger(__name__)
 
-APP_NAME = "tandem"
-POLICY = "cluster.sizes:policy"
 FOLDER_PREFIX = "tandem-"
 QUESTION = "What does the prefill worker do, and what does the decode worker do?"
 POLL_S = 0.1
@@ -51,7 +50,7 @@ class Line:
 
 def run(resolved: Resolved) -> int:
     """Serve until interrupted. -> the exit status."""
-    config = _with_absolute_path(resolved.config)
+    config = with_absolute_paths(resolved.config)
     line = Line()
     interrupts = Interrupts()
     stop = interrupts.stop
@@ -93,24 +92,6 @@ class Interrupts:
             self.stop.set()
         elif now - self._first_at > DOUBLE_S:
             self.hurry.set()
-
-
-def _with_absolute_path(config: Config) -> Config:
-    """Files are named from where the user stands; the workers stand elsewhere."""
-    if config.scheduler.tenants_file is not None:
-        file = str(Path(config.scheduler.tenants_file).expanduser().resolve())
-        config = msgspec.structs.replace(config, scheduler=msgspec.structs.replace(config.scheduler, tenants_file=file))
-    also = tuple(msgspec.structs.replace(one, model=_found_from_anywhere(one.model)) for one in config.also)
-    return msgspec.structs.replace(config, model=_found_from_anywhere(config.model), also=also)
-
-
-def _found_from_anywhere(model: ModelConfig) -> ModelConfig:
-    if model.chat_template is not None:
-        model = msgspec.structs.replace(model, chat_template=str(Path(model.chat_template).expanduser().resolve()))
-    path = Path(model.name).expanduser()
-    if not path.is_dir() or model.name in ("bundled", "toy"):
-        return model
-    return msgspec.structs.replace(model, name=str(path.resolve()), served_name=model.served_name or model.name)
 
 
 def _banner(resolved: Resolved) -> None:
@@ -259,30 +240,12 @@ def _deploy(config: Any, secret: bytes, line: Line) -> Any:
         },
     )
     line("Serve is up")
-    if config.is_sized:
-        _apply(config, secret)
+    if config.is_sized:  # only a document can have a policy for the whole application; slower by the process that builds it then
+        apply(document(config, secret.decode()))
     else:
         serve.api._run(application(config, secret), _blocking=False, name=APP_NAME, route_prefix="/")
     line("deployed: gateway, workers")
     return actor
-
-
-def _apply(config: Config, secret: bytes) -> None:
-    """As a Serve config file does it, for only there can an application have an autoscaling policy. Slower by the process in which
-    Serve then builds the application."""
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
-
-    application = ServeApplicationSchema(
-        name=APP_NAME,
-        route_prefix="/",
-        import_path="cluster.app:build",
-        args={"config": msgspec.to_builtins(config), "secret": secret.decode()},
-        autoscaling_policy={"policy_function": POLICY},
-    )
-    client = _get_global_client()
-    assert client is not None, "serve.start comes first"
-    client.deploy_apps(ServeDeploySchema(applications=[application]))
 
 
 def _url(config: Any) -> str:

@@ -279,3 +279,15 @@ async def test_a_place_that_is_no_openai_server_is_never_ready() -> None:
 
 def from_failure_of(made: LocalCluster) -> Exception:
     return WorkerLost(made.overflow[0].worker.why_down)
+
+
+async def test_it_gets_only_what_our_own_workers_cannot_take_in_time() -> None:
+    keys = {"decode__max_num_seqs": 2, "scheduler__ttft_target_s": 0.05}
+    async with fake_server() as server, cluster(server, native=True, **keys) as made:
+        for i in range(6):
+            await events_of(made, request([*PROMPT, i], max_tokens=4))
+        assert len(server.bodies) == 1, "a look at it, and nothing else"
+        tasks = [asyncio.create_task(events_of(made, request([*PROMPT, i, i], max_tokens=200))) for i in range(8)]
+        for i, task in enumerate(tasks):
+            assert tokens_of(await task) == oracle([*PROMPT, i, i], 200)
+        assert 1 <= len(server.bodies) - 1 <= 7
