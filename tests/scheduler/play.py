@@ -78,7 +78,9 @@ class Play:
         for worker in list(self.scheduler.workers.values()):
             running = tuple((r, e.epoch) for r, e in (*worker.entries.items(), *worker.prefills.items()))
             free = worker.info.num_blocks - sum(e.num_blocks_now for e in worker.entries.values())
-            self.scheduler.heartbeat(WorkerBeat(worker.incarnation, "ready", self._stats(worker.incarnation, free), running), self.now)
+            self.scheduler.heartbeat(
+                WorkerBeat(worker.incarnation, "ready", self._stats(worker.incarnation, free), running), self.now
+            )
         self.at(self.now + 0.5, self._beat)
 
     def _stats(self, incarnation: str, num_free_blocks: int) -> WorkerStats:
