@@ -82,7 +82,7 @@ class PrefixIndex:
         return len(self._holders)
 
     def insert(self, worker: str, hashes: Sequence[bytes], tenant: str = "", share: float = 1.0) -> None:
-        """`worker` holds, or soon will, the prefix that ends with each of `hashes`. share: of the whole index that this tenant's may
+        """`worker` holds, or soon will, the prefix that ends with each of `hashes`. share: of the whole index that this tenant may
         fill (hashes are salted by tenant, so each belongs to one); its own least recently used ones go when it has more."""
         if not hashes:
             return
