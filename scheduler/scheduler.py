@@ -18,20 +18,25 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.schema import SchedulerConfig
+from configs.tenants import Tenants, without_file
 from protocol.errors import DeadlineExceeded, Failure, InternalError, InvalidRequest, PromptTooLong, TandemError, to_failure
 from protocol.messages import Admit, GatewayBeat, Outcome, Progress, WorkerBeat, WorkerInfo, WorkerPhase
 from protocol.ticket import Ticket
 from scheduler import admission
 from scheduler.admission import DrainRate
 from scheduler.cost import CostBook
+from scheduler.explain import Decisions
+from scheduler.fairness import Fairness
 from scheduler.latency import Latencies, Sample
 from scheduler.learning import learn_from_beat, learn_from_first_token, learn_from_outcome
 from scheduler.ledger import Entry, Ledger, WorkerState, blocks_to_reserve
-from scheduler.placement import Blocked, Placement, Rules, place
+from scheduler.order import make_order
+from scheduler.placement import Blocked, OneByOne, Placement, Placer, Refused, Rules
 from scheduler.prefix_index import PrefixIndex
-from scheduler.queue import Fcfs, Item, Order, Queue
+from scheduler.queue import Item, Order, Queue
 from scheduler.records import Gateway, Records
 from scheduler.status import status_of
+from scheduler.terms import promised, terms_of
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +49,12 @@ Decision = Ticket | tuple[str, Failure]
 
 
 class Scheduler:
-    """See the module. `draw` is a source of jitter in [0, 1); `order` the policy, FCFS unless another is given."""
+    """See the module.
+
+    tenants: classes and tenants; None: one of each. placer: who serves a request. order: makes one for each model's queue; None: as
+    config.policy says. admission: whether promises, buckets and retries refuse anybody; without it only full queues do. draw: a
+    source of jitter in [0, 1).
+    """
 
     def __init__(
         self,
@@ -54,10 +64,15 @@ class Scheduler:
         hash_block_len: int = HASH_BLOCK_LEN,
         max_prefix_hashes: int = 200_000,
         gateway_lease_s: float = 10.0,
-        order: Order | None = None,
+        tenants: Tenants | None = None,
+        placer: Placer | None = None,
+        order: Callable[[], Order] | None = None,
+        admission: bool = True,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self.config = config or SchedulerConfig()
+        config = self.config
+        self.tenants = tenants or without_file(config.ttft_target_s, config.tpot_target_s, config.attainment_target)
         self.rules = Rules(
             disaggregation_threshold=self.config.disaggregation_threshold,
             tpot_target_s=self.config.tpot_target_s,
@@ -65,12 +80,16 @@ class Scheduler:
             hash_block_len=hash_block_len,
         )
         bounds = (self.config.max_queue_requests, self.config.max_queue_tokens, self.config.max_queue_bytes)
-        self.queue = Queue(order or Fcfs(), *bounds)
+        self.fairness = Fairness()
+        self.queue = Queue(order or make_order(config.policy, self.fairness), *bounds)
         self.ledger = Ledger()
         self.costs = CostBook()
         self.index = PrefixIndex(max_prefix_hashes)
         self.latencies = Latencies()
         self.records = Records()
+        self.explained = Decisions(config.max_decisions)
+        self.placer = placer or OneByOne(self.rules)
+        self.admission = admission
         self.drain_rate = DrainRate()
         self.workers: dict[str, WorkerState] = {}  # alive, by incarnation
         self.dead: OrderedDict[str, WorkerState] = OrderedDict()
@@ -120,9 +139,28 @@ class Scheduler:
         queued_at = now
         if waiting is not None:
             queued_at, deadline = waiting.queued_at, min(waiting.deadline, deadline)
-        self.queue.add(Item(admit, position, last_epoch + 1, queued_at, deadline))
+        terms = terms_of(self.tenants, admit.slo_class, admit)
+        item = Item(
+            promised(admit, terms),
+            position,
+            last_epoch + 1,
+            queued_at,
+            deadline,
+            band=terms.band,
+            promised_at=queued_at - admit.waited_s + terms.ttft_s,
+        )
+        self.queue.add(item)
         self._has_news = True
         return last_epoch + 1
+
+    def set_tenants(self, tenants: Tenants, now: float) -> None:
+        """From now on these hold. What waits keeps the promise it was given."""
+        self.tenants = tenants
+        self._has_news = True
+
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        """Why this request got what it got, ready for JSON; None for one that is not remembered."""
+        return self.explained.explain(request_id)
 
     def withdraw(self, request_id: str, now: float | None = None) -> None:
         """Nobody waits for it any more: out of the queue, and out of the ledger if its ticket was under way."""
@@ -150,22 +188,8 @@ class Scheduler:
         if not self._has_news and now < self._retry_at:
             return out
         self._has_news, self._retry_at = False, float("inf")
-        blocked: set[str] = set()  # models whose first in line waits for room: nobody overtakes
-        was_backlog = len(self.queue) > 1
-        for item in self.queue:
-            model = item.admit.model
-            if model in blocked:
-                continue
-            decision = self._try(item, now, was_backlog)
-            if isinstance(decision, Blocked):
-                self._retry_at = now + RETRY_S
-                if decision is Blocked.NO_ROOM:
-                    blocked.add(model)
-                    if blocked >= self._by_model.keys():
-                        break
-            else:
-                self.queue.remove(item.admit.request_id)
-                out.append(decision)
+        for model in list(self.queue.orders):
+            self._decide_model(model, now, out)
         return out
 
     def progress(self, message: Progress, now: float) -> None:
@@ -183,6 +207,7 @@ class Scheduler:
         entry = self.ledger.entries.get(message.request_id)
         self.queue.remove(message.request_id)
         self._remember_end(message.request_id)
+        self.fairness.correct(message.request_id, max(0, message.output_tokens))
         kind = message.kind if message.kind in ("finished", "failed", "cancelled") else "failed"
         if not message.was_refused:  # a refusal was counted among the rejections when it was decided
             self.records.count(kind)
@@ -303,6 +328,19 @@ class Scheduler:
 
     # ---- placing ---------------------------------------------------------------------------------------------------
 
+    def _decide_model(self, model: str, now: float, out: list[Decision]) -> None:
+        """Place what can be placed of one model, in its order."""
+        was_backlog = self.queue.num_of[model] > 1
+        for item in self.queue.orders[model]:
+            decision = self._try(item, now, was_backlog)
+            if isinstance(decision, Blocked):
+                self._retry_at = now + RETRY_S
+                if decision is Blocked.NO_ROOM:  # nobody overtakes
+                    break
+            else:
+                self.queue.remove(item.admit.request_id)
+                out.append(decision)
+
     def _try(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         """One item's decision. A bug of ours fails this item alone: the others' turn comes all the same."""
         try:
@@ -322,7 +360,7 @@ class Scheduler:
         admit = item.admit
         matches = self.index.match(admit.prefix_hashes) if self._use_index else {}
         workers = self._by_model.get(admit.model, [])
-        found = place(admit, workers, self.costs.output(admit.model), matches, self.rules, item.queued_at, now)
+        found = self.placer.place(admit, workers, self.costs.output(admit.model), matches, item.queued_at, now)
         if found is Blocked.NO_WORKER:
             if now - max(self._without_since(admit.model), item.queued_at) > self.config.recovery_s:
                 error = admission.no_worker(admit.model, self._until_worker(admit.model, now), self._draw)
@@ -330,6 +368,8 @@ class Scheduler:
             return found
         if isinstance(found, Blocked):
             return found
+        if isinstance(found, Refused):
+            return self._fail(item, found.error, "placer")
         return self._book(item, found, now, was_backlog)
 
     def _book(self, item: Item, placement: Placement, now: float, was_backlog: bool) -> Ticket:
@@ -359,6 +399,9 @@ class Scheduler:
             self.index.insert(placement.decode.incarnation, admit.prefix_hashes)
             if placement.prefill is not None:
                 self.index.insert(placement.prefill.incarnation, admit.prefix_hashes)
+        weight = self.tenants.tenant(admit.tenant).weight
+        predicted = placement.expected_output * admit.num_choices
+        self.fairness.charge(admit.request_id, item.band, admit.tenant, weight, admit.prompt_len, predicted)
         self.records.count("placed")
         self.records.count("placed_disaggregated" if placement.prefill else "placed_local")
         prefill = placement.prefill.ref if placement.prefill else None
@@ -368,7 +411,7 @@ class Scheduler:
         self._mint(item)
         self._remember_end(item.admit.request_id)
         if reason is not None:
-            self.records.reject(reason)
+            self.records.reject(reason, item.admit.request_id)
         return item.admit.request_id, to_failure(error)
 
     # ---- refusing --------------------------------------------------------------------------------------------------
@@ -377,17 +420,17 @@ class Scheduler:
         """Raises what makes waiting useless: nobody to wait for, no room to wait in, no hope to be placed in time."""
         model = admit.model
         if not self._has_decode(model) and now - self._without_since(model) > self.config.recovery_s:
-            self.records.reject("no_worker")
+            self.records.reject("no_worker", admit.request_id)
             raise admission.no_worker(model, self._until_worker(model, now), self._draw)
         drain = self.predicted_drain_s(model, now)
         refusal = admission.overflowing(admit, self.queue, drain, self._draw)
         if refusal is not None:
-            self.records.reject(refusal[1])
+            self.records.reject(refusal[1], admit.request_id)
             raise refusal[0]
         patience = min(admit.deadline_s, self.config.queue_timeout_s)
         # Twice: an estimate may be wrong, and refusing whom we could have served is worse than letting one wait.
         if self.drain_rate.tokens_per_s(now) is not None and drain > 2 * patience:
-            self.records.reject("would_time_out")
+            self.records.reject("would_time_out", admit.request_id)
             raise admission.hopeless(drain, patience, self._draw)
 
     def _check_it_can_ever_fit(self, admit: Admit) -> None:
@@ -397,7 +440,7 @@ class Scheduler:
         num_tokens = admit.prompt_len + admit.max_tokens
         largest = max(decodes, key=lambda info: info.num_blocks * info.layout.block_size)
         if largest.layout.num_blocks_for(num_tokens) > largest.num_blocks:
-            self.records.reject("too_long")
+            self.records.reject("too_long", admit.request_id)
             raise PromptTooLong(
                 f"prompt and max_tokens are {num_tokens} tokens, the KV pool of a worker holds "
                 f"{largest.num_blocks * largest.layout.block_size}; lower max_tokens or raise --num-gpu-blocks-override "
@@ -407,7 +450,7 @@ class Scheduler:
         if admit.resumption:
             return  # its choices, grown by now, come back one after the other
         if blocks_to_reserve(largest, admit.prompt_len, admit.num_choices) > largest.num_blocks:
-            self.records.reject("too_long")
+            self.records.reject("too_long", admit.request_id)
             raise InvalidRequest(
                 f"{admit.num_choices} choices of a prompt of {admit.prompt_len} tokens do not fit into a worker's "
                 f"{largest.num_blocks} KV blocks; lower n or raise --num-gpu-blocks-override",

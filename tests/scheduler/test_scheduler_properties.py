@@ -16,6 +16,7 @@ from protocol.ticket import Ticket
 from scheduler.scheduler import Scheduler
 
 CONFIG = SchedulerConfig(
+    policy="fcfs",
     max_queue_requests=6,
     max_queue_tokens=4000,
     max_queue_bytes=40_000,
