@@ -4,8 +4,8 @@
     python -m bench capacity --traces ../shared/traces --scenario vtc --policy tandem,join-shortest-queue --quick
 
 For each scenario of bench/scenarios and each policy: bisection over the speed of the trace (its judging half), then a run at that
-rate and one at twice the rate of the policy's own capacity. Refused requests count as missed. Points already in the --state file are not
-computed again, so an interrupted run goes on where it was; delete the file when the scheduler has changed.
+rate and one at twice the rate of the policy's own capacity. Refused requests count as missed. Points already in the --state file
+are not computed again, so an interrupted run goes on where it was; delete the file when the scheduler has changed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traces", type=Path, default=os.environ.get("TANDEM_TRACES"), help="folder (default: $TANDEM_TRACES)")
     parser.add_argument("--scenario", help="names, comma-separated (default: all of bench/scenarios)")
     parser.add_argument("--policy", default=",".join(DEFAULT), help="names, comma-separated (default: all)")
-    parser.add_argument("--half", choices=("judge", "tune"), default="judge", help="which half of each trace (default: %(default)s)")
+    parser.add_argument(
+        "--half", choices=("judge", "tune"), default="judge", help="which half of each trace (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help=f"the first {QUICK_REQUESTS} requests, for tests and while tuning")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--state", type=Path, default=Path("capacity-state.json"), help="finished points (default: %(default)s)")
@@ -167,7 +169,9 @@ def _simulated(job: Job, scenario: Scenario, arrivals: Sequence[Any], scale: flo
     if stop_below is None:
         simulation.check_integrity()
     found = simulation.summary()
-    kept = {name: found[name] for name in ("goodput_rps", "rejected", "timed_out", "wasted_prefill_fraction", "wasted", "utilization")}
+    kept = {
+        name: found[name] for name in ("goodput_rps", "rejected", "timed_out", "wasted_prefill_fraction", "wasted", "utilization")
+    }
     offered = offered_rate(arrivals) * scale
     # Of all that the trace offers, also when the run was stopped because it cannot reach the level any more.
     attainment = found["good"] / len(arrivals)
@@ -182,7 +186,9 @@ def _simulated(job: Job, scenario: Scenario, arrivals: Sequence[Any], scale: flo
 
 def best_baseline(points: dict[Job, dict[str, Any]], scenario: str) -> tuple[str, float]:
     """The best of those that are not ours."""
-    theirs = {job.policy: p["capacity_rps"] for job, p in points.items() if job.scenario == scenario and job.policy not in policies.OURS}
+    theirs = {
+        job.policy: p["capacity_rps"] for job, p in points.items() if job.scenario == scenario and job.policy not in policies.OURS
+    }
     name = max(theirs, key=lambda policy: theirs[policy], default="")
     return name, theirs.get(name, 0.0)
 

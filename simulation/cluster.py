@@ -28,10 +28,12 @@ from protocol.ticket import Ticket
 from scheduler.scheduler import Scheduler
 from simulation.blocks import Pool
 from simulation.costs import Cost
+from simulation.decode import DecodeWorker
 from simulation.links import Link, send
+from simulation.prefill import PrefillWorker
 from simulation.requests import Req
 from simulation.results import End, Results
-from simulation.workers import DecodeWorker, PrefillWorker, Worker
+from simulation.workers import Worker
 
 MODEL = "simulated"
 TICK_S = 0.25  # as cluster/scheduler_service.py
@@ -42,8 +44,8 @@ STUCK_S = 7200.0  # without any end: a bug, not patience
 
 
 class Setup(NamedTuple):
-    """Everything about a run but trace and policy. prefill, decode: a cost per worker. max_tokens: what clients allow themselves; the
-    scheduler never sees the real output length unless oracle_lengths. stale_s: how old a heartbeat is when it arrives.
+    """Everything about a run but trace and policy. prefill, decode: a cost per worker. max_tokens: what clients allow themselves;
+    the scheduler never sees the real output length unless oracle_lengths. stale_s: how old a heartbeat is when it arrives.
     shared_gbps: of a link that all transfers cross. cores: groups of workers by number, prefill first, that share cores.
     """
 
@@ -224,7 +226,7 @@ class Simulation:
         self._decide()
 
     def _refused(self, req: Req, error: TandemError) -> None:
-        self.results.rejections[self.scheduler.records.last_rejection or error.kind] += 1
+        self.results.rejections[self.scheduler.records.last_rejection or type(error).__name__] += 1
         wait = error.retry_after
         if req.was_refused_at >= 0:
             self.results.retries.append((req.was_refused_at, req.waited, False))
@@ -434,4 +436,3 @@ def warm_up(scheduler: Scheduler, setup: Setup, model: str) -> None:
                     fit.observe_decode(batch, batch * context, cost.decode_s(batch, batch * context))
         for n in (128, 512, 1024, 2048, 4096, 8192):
             fit.observe_prefill(n, 0, cost.prefill_s(n))
-

@@ -5,7 +5,8 @@
     mixed step     a decode step, plus the chunks' b and c terms: the weights are read once
     transfer       a + bytes / rate, over links (`links.py`)
 
-A file describes one kind of worker (model, device, tensor ranks), so that a pool of each role may be of another kind. Seconds, tokens, bytes.
+A file describes one kind of worker (model, device, tensor ranks), so that a pool of each role may be of another kind. Seconds,
+tokens, bytes.
 """
 
 from __future__ import annotations
@@ -116,9 +117,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         cost, chunk = self.prefill, self.prefill_limits.max_num_batched_tokens
         num_steps = math.ceil((prompt_len - cached) / chunk)
         return (
-            num_steps * cost.per_step_s
-            + (prompt_len - cached) * cost.per_token_s
-            + (prompt_len**2 - cached**2) * cost.per_token2_s
+            num_steps * cost.per_step_s + (prompt_len - cached) * cost.per_token_s + (prompt_len**2 - cached**2) * cost.per_token2_s
         )
 
     def decode_s(self, num_seqs: int, num_context_tokens: float) -> float:

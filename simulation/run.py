@@ -3,8 +3,8 @@
     tandem simulate --trace mooncake_conversation.jsonl.gz --prefill 8 --decode 8 --policy tandem \\
         --cost bench/scenarios/costs/llama2-70b-h100-tp8.yaml --slo ttft=30,tpot=0.1 --json out.json --plot out.svg
 
-Traces: Azure CSV, Mooncake JSONL (512-token hash blocks), ServeGen CSV with tenants, VTC CSV; .gz too. Ten seconds of a cluster take
-milliseconds: the scheduler is the real one, its workers are formulas.
+Traces: Azure CSV, Mooncake JSONL (512-token hash blocks), ServeGen CSV with tenants, VTC CSV; .gz too. Ten seconds of a cluster
+take milliseconds: the scheduler is the real one, its workers are formulas.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--tenants", type=Path, metavar="FILE", help="classes and tenants as `tandem serve --tenants` reads them")
     how = parser.add_argument_group("how")
     how.add_argument("--scale", type=_positive, default=1.0, metavar="X", help="arrivals X times as fast (default: %(default)s)")
-    how.add_argument("--half", choices=("first", "second", "whole"), help="of the trace (default: whole, or what the scenario judges by)")
+    how.add_argument(
+        "--half", choices=("first", "second", "whole"), help="of the trace (default: whole, or what the scenario judges by)"
+    )
     how.add_argument("--repeat", type=_count, default=None, help="that part so many times in a row")
     how.add_argument("--requests", type=_count, metavar="N", help="only the first N")
     how.add_argument("--max-tokens", type=_count, default=4096, help="what clients allow themselves (default: %(default)s)")
