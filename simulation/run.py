@@ -96,12 +96,17 @@ def sentence(found: dict[str, Any]) -> str:
         return "-" if value is None else format(value * unit, how)
 
     ttft, tpot, used = found["ttft_s"], found["tpot_s"], found["utilization"]
-    return (
-        f"{found['policy']}: {found['offered']} requests at {found['offered_rps']:.2f}/s, kept {number(found['attainment'], 100)} %, "
-        f"goodput {found['goodput_rps']:.2f}/s, rejected {found['rejected']}, TTFT p50/p99 {number(ttft['p50'])}/{number(ttft['p99'])} s, "
-        f"TPOT p50/p99 {number(tpot['p50'], 1000)}/{number(tpot['p99'], 1000)} ms, wasted prefill "
-        f"{100 * found['wasted_prefill_fraction']:.1f} %, busy prefill/decode {number(used['prefill'], 100, '.0f')}/"
-        f"{number(used['decode'], 100, '.0f')} %; {found['simulated_s']:.0f} s in {found.get('wall_s', 0.0):.1f} s"
+    return "; ".join(
+        (
+            f"{found['policy']}: {found['offered']} requests at {found['offered_rps']:.2f}/s, "
+            f"kept {number(found['attainment'], 100)} %",
+            f"goodput {found['goodput_rps']:.2f}/s, rejected {found['rejected']}",
+            f"TTFT p50/p99 {number(ttft['p50'])}/{number(ttft['p99'])} s",
+            f"TPOT p50/p99 {number(tpot['p50'], 1000)}/{number(tpot['p99'], 1000)} ms",
+            f"wasted prefill {100 * found['wasted_prefill_fraction']:.1f} %",
+            f"busy prefill/decode {number(used['prefill'], 100, '.0f')}/{number(used['decode'], 100, '.0f')} %",
+            f"{found['simulated_s']:.0f} s in {found.get('wall_s', 0.0):.1f} s",
+        )
     )
 
 
