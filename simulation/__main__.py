@@ -7,9 +7,9 @@ import sys
 from typing import NoReturn
 
 from protocol.errors import ConfigError, TandemError
-from simulation import run
+from simulation import calibrate, run
 
-COMMANDS = {"simulate": run}
+COMMANDS = {"simulate": run, "calibrate": calibrate}
 
 
 class _Parser(argparse.ArgumentParser):

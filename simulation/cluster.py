@@ -361,7 +361,7 @@ class Simulation:
     def _end(self, req: Req, end: End) -> None:
         del self.open[req.admit.request_id]
         self._last_end_at = self.now
-        after = req.decode.cost.overhead_s if req.decode is not None else 0.0  # back through the gateway
+        after = req.decode.cost.return_s if req.decode is not None else 0.0
         has_first = req.first_at >= 0
         ttft_s = req.first_at + after - req.arrived_at if has_first else -1.0
         is_finished = end is End.FINISHED
