@@ -12,74 +12,10 @@ go behind, and overload costs those it must cost and no others (feasible EDF). C
 
 from __future__ import annotations
 
-import bisect
 import heapq
 from collections.abc import Callable, Iterator
-from typing import Any
-
 from scheduler.fairness import Fairness
-from scheduler.queue import Item, Order
-
-Key = tuple[Any, ...]
-
-
-class Sorted:
-    """Items by a key, in a sorted list: an insertion moves pointers within one block of memory, microseconds for ten thousand."""
-
-    def __init__(self, key: Callable[[Item], Key]) -> None:
-        self._key = key
-        self._keys: list[Key] = []
-        self._items: list[Item] = []
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, i: int) -> Item:
-        return self._items[i]
-
-    def add(self, item: Item) -> None:
-        key = self._key(item)
-        i = bisect.bisect_left(self._keys, key)
-        self._keys.insert(i, key)
-        self._items.insert(i, item)
-
-    def remove(self, item: Item) -> bool:
-        """Whether it was there."""
-        i = bisect.bisect_left(self._keys, self._key(item))
-        if i == len(self._items) or self._items[i].admit.request_id != item.admit.request_id:
-            return False
-        del self._keys[i], self._items[i]
-        return True
-
-    def num_before(self, item: Item) -> int:
-        """How many would be served before this item if it joined."""
-        return bisect.bisect_left(self._keys, self._key(item))
-
-
-class Fcfs:
-    """First come, first served; resumptions before everybody else."""
-
-    def __init__(self) -> None:
-        self._sorted = Sorted(self.key)
-
-    @staticmethod
-    def key(item: Item) -> Key:
-        return not item.admit.resumption, item.position, item.admit.request_id
-
-    def add(self, item: Item) -> None:
-        self._sorted.add(item)
-
-    def remove(self, item: Item) -> None:
-        self._sorted.remove(item)
-
-    def __iter__(self) -> Iterator[Item]:
-        i = 0
-        while i < len(self._sorted):
-            item = self._sorted[i]
-            yield item
-            # It may have been taken out meanwhile; then its successor stands in its place.
-            i += i < len(self._sorted) and self._sorted[i] is item
-
+from scheduler.queue import Fcfs, Item, Key, Order, Sorted
 
 def _by_arrival(item: Item) -> Key:
     return item.admit.priority, item.position, item.admit.request_id

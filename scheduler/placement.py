@@ -36,6 +36,8 @@ class Placement(NamedTuple):
     prefill_s: float  # predicted, without queueing
     ttft_s: float  # predicted, from now
     expected_output: float  # tokens of one choice
+    tpot_s: float = 0.0  # predicted; 0: not
+    tpot_limit: float = math.inf  # seconds a token that others must leave it; infinite: nothing was promised that could be kept
 
 
 class Refused(NamedTuple):
@@ -66,6 +68,7 @@ class Rules(NamedTuple):
     tpot_target_s: float
     max_prefill_queue_s: float  # work beyond it waits in the scheduler's queue, where it can still change its mind
     hash_block_len: int  # tokens behind one hash of Admit.prefix_hashes
+    attainment: float = 0.9  # the share of requests that is to keep its promise
 
 
 class OneByOne:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from configs.schema import SchedulerConfig
@@ -31,11 +31,13 @@ from scheduler.latency import Latencies, Sample
 from scheduler.learning import learn_from_beat, learn_from_first_token, learn_from_outcome
 from scheduler.ledger import Entry, Ledger, WorkerState, blocks_to_reserve
 from scheduler.order import make_order
-from scheduler.placement import Blocked, OneByOne, Placement, Placer, Refused, Rules
+from scheduler.joint import Joint
+from scheduler.placement import Blocked, Placement, Placer, Refused, Rules
 from scheduler.prefix_index import PrefixIndex
 from scheduler.queue import Item, Order, Queue
 from scheduler.records import Gateway, Records
 from scheduler.status import status_of
+from scheduler.table import Pool
 from scheduler.terms import promised, terms_of
 
 log = logging.getLogger(__name__)
@@ -88,13 +90,15 @@ class Scheduler:
         self.latencies = Latencies()
         self.records = Records()
         self.explained = Decisions(config.max_decisions)
-        self.placer = placer or OneByOne(self.rules)
+        self.joint = Joint(self.rules, config.max_deflected_share)
+        self.placer: Placer = placer or self.joint
+        self._read_classes()
         self.admission = admission
         self.drain_rate = DrainRate()
         self.workers: dict[str, WorkerState] = {}  # alive, by incarnation
         self.dead: OrderedDict[str, WorkerState] = OrderedDict()
         self.gateways: dict[str, Gateway] = {}
-        self._by_model: dict[str, list[WorkerState]] = {}
+        self.pools: dict[str, Pool] = {}  # by model
         self._use_index = enable_prefix_caching
         self._gateway_lease_s = gateway_lease_s
         self._draw = draw
@@ -156,7 +160,11 @@ class Scheduler:
     def set_tenants(self, tenants: Tenants, now: float) -> None:
         """From now on these hold. What waits keeps the promise it was given."""
         self.tenants = tenants
+        self._read_classes()
         self._has_news = True
+
+    def _read_classes(self) -> None:
+        self.joint.tightest_tpot_s = min(one.tpot_s for one in self.tenants.classes.values())
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """Why this request got what it got, ready for JSON; None for one that is not remembered."""
@@ -218,8 +226,8 @@ class Scheduler:
             self.latencies.add(message.slo_class, sample)
         if entry is not None:
             if kind == "finished":
-                self.costs.output(entry.model).observe(message.output_tokens / entry.num_choices)
-                learn_from_outcome(entry, message.tpot_s, now)
+                self.costs.output(entry.model).observe(message.output_tokens / entry.num_choices, entry.tenant)
+                learn_from_outcome(entry, message, now)
             self._free(entry, now)
 
     # ---- workers ---------------------------------------------------------------------------------------------------
@@ -232,9 +240,10 @@ class Scheduler:
             known.last_beat_at = now
             return
         self.dead.pop(info.incarnation, None)
-        worker = WorkerState(info, self.costs.of(info.model, info.device.split(":")[0], info.role, info.parallel), now)
+        cost = self.costs.of(info.model, info.device.split(":")[0], info.role, info.parallel)
+        worker = WorkerState(info, cost, now, self.index.bit(info.incarnation))
         self.workers[info.incarnation] = worker
-        self._by_model.setdefault(info.model, []).append(worker)
+        self.pools.setdefault(info.model, Pool()).join(worker)
         self.records.registered(info)
         self._has_news = True
 
@@ -262,7 +271,7 @@ class Scheduler:
             return []
         if worker.info.role == "decode":
             self._last_alive_at[worker.info.model] = now
-        self._by_model[worker.info.model].remove(worker)
+        self.pools[worker.info.model].leave(worker)
         self.index.forget(incarnation)
         lost = self.ledger.lose(worker, now)
         self.dead[incarnation] = worker
@@ -331,6 +340,7 @@ class Scheduler:
     def _decide_model(self, model: str, now: float, out: list[Decision]) -> None:
         """Place what can be placed of one model, in its order."""
         was_backlog = self.queue.num_of[model] > 1
+        self._tell_pressure(model)
         for item in self.queue.orders[model]:
             decision = self._try(item, now, was_backlog)
             if isinstance(decision, Blocked):
@@ -340,6 +350,14 @@ class Scheduler:
             else:
                 self.queue.remove(item.admit.request_id)
                 out.append(decision)
+
+    def _tell_pressure(self, model: str) -> None:
+        """What the default placer has to know of the queue."""
+        pool = self.pools.get(model)
+        num_prefills = max(1, len(pool.prefill) if pool else 0)
+        self.joint.pressure = (self.queue.num_of[model] - 1) / num_prefills
+        service_s = sum(w.service_s for (m, _), tenants in self.queue.waiting.items() if m == model for w in tenants.values())
+        self.joint.backlog_s = service_s / num_prefills
 
     def _try(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         """One item's decision. A bug of ours fails this item alone: the others' turn comes all the same."""
@@ -359,8 +377,10 @@ class Scheduler:
     def _decide(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         admit = item.admit
         matches = self.index.match(admit.prefix_hashes) if self._use_index else {}
-        workers = self._by_model.get(admit.model, [])
-        found = self.placer.place(admit, workers, self.costs.output(admit.model), matches, item.queued_at, now)
+        pool = self.pools.get(admit.model)
+        if pool is None:
+            pool = Pool()
+        found = self.placer.place(admit, pool, self.costs.output(admit.model), matches, item.queued_at, now)
         if found is Blocked.NO_WORKER:
             if now - max(self._without_since(admit.model), item.queued_at) > self.config.recovery_s:
                 error = admission.no_worker(admit.model, self._until_worker(admit.model, now), self._draw)
@@ -393,6 +413,10 @@ class Scheduler:
             prefill=placement.prefill,
             cached=placement.cached,
             prefill_s=placement.prefill_s,
+            tenant=admit.tenant,
+            tpot_limit=placement.tpot_limit,
+            ttft_s=placement.ttft_s,
+            tpot_s=placement.tpot_s,
         )
         self.ledger.book(entry, now)
         if self._use_index:
@@ -434,7 +458,7 @@ class Scheduler:
             raise admission.hopeless(drain, patience, self._draw)
 
     def _check_it_can_ever_fit(self, admit: Admit) -> None:
-        decodes = [w.info for w in self._by_model.get(admit.model, []) if w.info.role == "decode"]
+        decodes = [w.info for w in self.pools.get(admit.model, []) if w.info.role == "decode"]
         if not decodes:
             return
         num_tokens = admit.prompt_len + admit.max_tokens
@@ -459,11 +483,12 @@ class Scheduler:
 
     def predicted_drain_s(self, model: str, now: float) -> float:
         """Seconds until everything that waits is placed."""
-        workers, output = self._by_model.get(model, []), self.costs.output(model)
+        workers: Sequence[WorkerState] = self.pools.get(model, ())
+        output = self.costs.output(model)
         return admission.drain_s(self.queue.num_tokens, len(self.queue), workers, output, self.drain_rate, now)
 
     def _has_decode(self, model: str) -> bool:
-        return any(w.info.role == "decode" for w in self._by_model.get(model, []))
+        return any(w.info.role == "decode" for w in self.pools.get(model, []))
 
     def _without_since(self, model: str) -> float:
         """Since when no decode worker of the model has been alive; a fresh scheduler gives everybody time to register."""
