@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import capacity, fidelity, http, kv, observing, serve, startup
+from bench import capacity, fidelity, http, kv, observing, serve, simulator, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("observing", observing),
         ("capacity", capacity),
         ("fidelity", fidelity),
+        ("simulator", simulator),
     ):
         assert module.__doc__ is not None
         command = commands.add_parser(

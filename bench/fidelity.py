@@ -182,9 +182,9 @@ def random_model(folder: Path) -> Path:
     for i in range(SHAPE["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         for name, shape in (
-            ("self_attn.q_proj", (heads, hidden)), ("self_attn.k_proj", (kv_heads, hidden)), ("self_attn.v_proj", (kv_heads, hidden)),
-            ("self_attn.o_proj", (hidden, heads)), ("mlp.gate_proj", (inner, hidden)), ("mlp.up_proj", (inner, hidden)),
-            ("mlp.down_proj", (hidden, inner)),
+            ("self_attn.q_proj", (heads, hidden)), ("self_attn.k_proj", (kv_heads, hidden)),
+            ("self_attn.v_proj", (kv_heads, hidden)), ("self_attn.o_proj", (hidden, heads)),
+            ("mlp.gate_proj", (inner, hidden)), ("mlp.up_proj", (inner, hidden)), ("mlp.down_proj", (hidden, inner)),
         ):  # fmt: skip
             weights[f"{layer}.{name}.weight"] = drawn(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):

@@ -7,9 +7,9 @@ import sys
 from typing import NoReturn
 
 from protocol.errors import ConfigError, TandemError
-from simulation import calibrate, run
+from simulation import calibrate, plan, run
 
-COMMANDS = {"simulate": run, "calibrate": calibrate}
+COMMANDS = {"simulate": run, "calibrate": calibrate, "plan": plan}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     setup = policies.setup_for(args.policy, setup)
     classes = {name: tenant.slo_class for name, tenant in setup.tenants.tenants.items()}
     default = classes.get("default", DEFAULT_CLASS)
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     simulation = Simulation(
         setup, scaled(arrivals, args.scale), policies.scheduler_for(args.policy), lambda tenant: classes.get(tenant, default)
     )
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         "policy": args.policy, "trace": str(args.trace), "scale": args.scale, "seed": args.seed,
         "trace_rps": offered_rate(arrivals), "prefill": _pool(setup.prefill), "decode": _pool(setup.decode),
         "slo": {name: {"ttft_s": one.ttft_s, "tpot_s": one.tpot_s} for name, one in setup.tenants.classes.items()},
-        **found, "wall_s": took,
+        **found, "wall_s": took, "cpu_s": time.process_time() - cpu,
     }  # fmt: skip
     print(sentence(found))
     if args.json:
