@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import msgspec
+
 from protocol.messages import Admit, Outcome
 
 
@@ -100,6 +102,22 @@ class Decisions:
         row = self._rows.get(request_id)
         if row is not None and len(row.steps) < MAX_STEPS:
             row.steps.append((now, what, details))
+
+    def saw(self, request_id: str, candidates: tuple[Candidate, ...]) -> None:
+        """Whom its last placement looked at."""
+        row = self._rows.get(request_id)
+        if row is not None:
+            row.candidates = candidates
+
+    def first_token(self, request_id: str, seconds: float) -> None:
+        row = self._rows.get(request_id)
+        if row is not None:
+            row.first_token_s = seconds
+
+    def ended(self, outcome: Outcome, now: float) -> None:
+        row = self._rows.get(outcome.request_id)
+        if row is not None:
+            row.outcome = msgspec.structs.replace(outcome, trace=None)
 
     def get(self, request_id: str) -> Row | None:
         return self._rows.get(request_id) or self._rows.get(self._by_client.get(request_id, ""))

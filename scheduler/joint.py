@@ -98,7 +98,8 @@ class View:
             lengths = self.matches.column(rows.bits)
         else:
             lengths = np.array([self.matches.get(w.incarnation, 0) for w in rows.workers], dtype=np.float64)
-        return np.minimum(lengths * self.rules.hash_block_len, self.admit.prompt_len - 1)
+        found: Floats = np.minimum(lengths * self.rules.hash_block_len, self.admit.prompt_len - 1)
+        return found
 
     def usable(self, rows: Rows) -> Bools:
         takes: Bools = rows.live[TAKES] > 0
@@ -203,6 +204,7 @@ class Joint:
         self.backlog_s = 0.0  # of prefill work that waits, for each prefill worker
         self.tightest_tpot_s = math.inf
         self.prefers_spot = False
+        self.waits_for_decode = True  # what the last one that was blocked had no room in; else it waits for a prefill worker
         self.view: View | None = None
         self._seen: tuple[Prefills | None, Decodes | None] = (None, None)
 
@@ -218,6 +220,7 @@ class Joint:
         pool = workers if isinstance(workers, Pool) else Pool(workers)
         view = self.view = View(admit, pool, output, matches, self._rules, now)
         self._seen = (None, None)
+        self.waits_for_decode = True
         rows = pool.decode
         usable = view.usable(rows) if len(rows) else np.zeros(0, dtype=bool)
         if admit.excluded and not usable.any():
@@ -242,7 +245,8 @@ class Joint:
     @staticmethod
     def _again(rows: Rows, queued_at: float) -> Bools:
         """Excluded workers are the last choice, not a forbidden one, once a heartbeat shows that they live."""
-        return np.array([w.takes_work and not w.is_full and w.last_beat_at > queued_at for w in rows.workers], dtype=bool)
+        alive: Bools = np.array([w.takes_work and not w.is_full and w.last_beat_at > queued_at for w in rows.workers], dtype=bool)
+        return alive
 
     def _place(self, view: View, usable: Bools, left: float) -> Placement | Blocked:
         admit, rules, rows = view.admit, self._rules, view.pool.decode
@@ -266,6 +270,7 @@ class Joint:
             if deflected is not None:
                 return deflected
             if is_busy:
+                self.waits_for_decode = False
                 return Blocked.NO_ROOM
         at = self._choose(view, view.decodes(rows, usable, ttft), is_last=True)
         if at is None:
@@ -345,9 +350,7 @@ class Joint:
     def is_trusted(rows: Rows) -> bool:
         return all(cost.decode.num_observations >= TRUSTED_AFTER for cost in rows.costs)
 
-    def _deflect(
-        self, view: View, usable: Bools, local: Prefills | None, ttft_s: float, left: float
-    ) -> Placement | None:
+    def _deflect(self, view: View, usable: Bools, local: Prefills | None, ttft_s: float, left: float) -> Placement | None:
         """A decode worker does the prefill where the pool would miss the promise, or has more waiting than it can do in time."""
         rows, admit = view.pool.decode, view.admit
         is_needed = ttft_s > left or self.backlog_s > 0.5 * (admit.ttft_slo_s or math.inf)
@@ -421,9 +424,7 @@ class Joint:
             for i in _smallest(np.where(decodes.keeps, decodes.tpot_s, decodes.tpot_s + 1e6)):
                 why = "" if decodes.keeps[i] else "would break a promise" if decodes.has_room[i] else "no room"
                 load = int(rows.live[DECODING, i] + rows.live[COMING, i])
-                out.append(
-                    Candidate(rows.workers[i].info.name, "decode", None, None, float(decodes.tpot_s[i]), 0, load, why)
-                )
+                out.append(Candidate(rows.workers[i].info.name, "decode", None, None, float(decodes.tpot_s[i]), 0, load, why))
         return tuple(out)
 
 

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
+
 from scheduler.fairness import Fairness
 from scheduler.queue import Fcfs, Item, Key, Order, Sorted
+
 
 def _by_arrival(item: Item) -> Key:
     return item.admit.priority, item.position, item.admit.request_id

@@ -37,8 +37,14 @@ class Item(msgspec.Struct, frozen=True):
     promised_at: float = math.inf
     late_at: float = math.inf
     service_s: float = 0.0
+    decode_s: float = 0.0  # predicted seconds that it adds to others' steps
+    tokens: float = 0.0  # as fairness will charge them, before weights
+    cost: float = 0.0  # its share of the pools: seconds of each over what the pool does a second
+    forecast_wait_s: float = 0.0
     refuses_late: bool = False
+    is_appointed: bool = False  # it came when it was told to
     degraded: str = ""
+    asked: Admit | None = None  # as it was asked for, where something was taken off
 
     @property
     def num_bytes(self) -> int:
@@ -132,11 +138,20 @@ class Waiting(NamedTuple):
     """What waits of one tenant in one band of one model."""
 
     requests: int
-    tokens: int  # of prompts
+    tokens: float  # as fairness will charge them, before weights
     service_s: float  # predicted seconds of prefill
+    decode_s: float  # predicted seconds that they will add to others' steps
+
+    def plus(self, item: Item, by: int) -> Waiting:
+        return Waiting(
+            self.requests + by,
+            max(0.0, self.tokens + by * item.tokens),
+            max(0.0, self.service_s + by * item.service_s),
+            max(0.0, self.decode_s + by * item.decode_s),
+        )
 
 
-NOTHING = Waiting(0, 0, 0.0)
+NOTHING = Waiting(0, 0.0, 0.0, 0.0)
 
 
 class Queue:
@@ -152,6 +167,11 @@ class Queue:
         self.orders: dict[str, Order] = {}  # by model; only of those that something waits for
         self.num_of: Counter[str] = Counter()  # requests by model
         self.waiting: dict[tuple[str, int], dict[str, Waiting]] = {}  # model, band -> tenant -> what can still be in time
+        self.totals: dict[tuple[str, int], Waiting] = {}  # the same over all tenants
+        self._costliest: dict[tuple[str, int, str], list[tuple[float, int, str]]] = {}
+        # band, tenant -> what of it may be pushed out, oldest first, and its tokens.
+        self.owners: dict[tuple[int, str], dict[str, None]] = {}
+        self.owned: Counter[tuple[int, str]] = Counter()
         self._make_order = order
         self._items: dict[str, Item] = {}
         self._deadlines: list[tuple[float, str]] = []
@@ -176,6 +196,21 @@ class Queue:
 
     def get(self, request_id: str) -> Item | None:
         return self._items.get(request_id)
+
+    def victim(self, band: int, tenant: str, share: Callable[[str], float]) -> Item | None:
+        """Who is to make room for one of this band and tenant: the newest of the lowest band below it, of the tenant that has most
+        there; else of the tenant of its own band that has more than this one. share: weight of a tenant."""
+        lower = [owner for owner in self.owners if owner[0] > band]
+        if lower:
+            lowest = max(owner[0] for owner in lower)
+            owners = [owner for owner in lower if owner[0] == lowest]
+        else:
+            mine = (self.owned[band, tenant] + 1) / share(tenant)
+            owners = [o for o in self.owners if o[0] == band and o[1] != tenant and self.owned[o] / share(o[1]) > mine]
+        if not owners:
+            return None
+        most = max(owners, key=lambda owner: (self.owned[owner] / share(owner[1]), owner[1]))
+        return self._items[next(reversed(self.owners[most]))]
 
     def is_late(self, request_id: str) -> bool:
         return request_id in self._late
@@ -211,6 +246,10 @@ class Queue:
         self.num_tokens += item.admit.prompt_len
         self.num_bytes += item.num_bytes
         self.tokens_of[item.admit.tenant] += item.admit.prompt_len
+        if not item.admit.resumption:
+            owner = item.band, item.admit.tenant
+            self.owners.setdefault(owner, {})[request_id] = None
+            self.owned[owner] += item.admit.prompt_len
         self._count(item, 1)
         heapq.heappush(self._deadlines, (item.deadline, request_id))
         if item.late_at < math.inf:
@@ -232,6 +271,12 @@ class Queue:
         self.tokens_of[tenant] -= item.admit.prompt_len
         if self.tokens_of[tenant] <= 0:
             del self.tokens_of[tenant]
+        if not item.admit.resumption:
+            owner = item.band, tenant
+            self.owned[owner] -= item.admit.prompt_len
+            del self.owners[owner][request_id]
+            if not self.owners[owner]:
+                del self.owners[owner], self.owned[owner]
         if request_id in self._late:
             self._late.remove(request_id)
         else:
@@ -284,16 +329,41 @@ class Queue:
         return None
 
     def _count(self, item: Item, by: int) -> None:
-        admit = item.admit
-        tenants = self.waiting.setdefault((admit.model, item.band), {})
-        had = tenants.get(admit.tenant, NOTHING)
-        has = Waiting(had.requests + by, had.tokens + by * admit.prompt_len, max(0.0, had.service_s + by * item.service_s))
+        model, band, tenant = key = item.admit.model, item.band, item.admit.tenant
+        tenants = self.waiting.setdefault((model, band), {})
+        has = tenants.get(tenant, NOTHING).plus(item, by)
+        total = self.totals.get((model, band), NOTHING).plus(item, by)
+        if by > 0:
+            heap = self._costliest.setdefault(key, [])
+            heapq.heappush(heap, (-item.cost, item.position, item.admit.request_id))
+            if len(heap) > 64 + 4 * has.requests:
+                self._costliest[key] = [entry for entry in heap if self._can_be_shed(entry[2])]
+                heapq.heapify(self._costliest[key])
         if has.requests:
-            tenants[admit.tenant] = has
+            tenants[tenant] = has
+            self.totals[model, band] = total
             return
-        tenants.pop(admit.tenant, None)
-        if not tenants:
-            del self.waiting[admit.model, item.band]
+        tenants.pop(tenant, None)
+        self._costliest.pop(key, None)
+        if tenants:
+            self.totals[model, band] = total
+        else:
+            del self.waiting[model, band]
+            self.totals.pop((model, band), None)
+
+    def _can_be_shed(self, request_id: str) -> bool:
+        item = self._items.get(request_id)
+        return item is not None and item.refuses_late and not (item.is_appointed or item.admit.resumption)
+
+    def costliest(self, model: str, band: int, tenant: str) -> Item | None:
+        """Of those that are in time and may be refused, the one that takes most of the pools."""
+        heap = self._costliest.get((model, band, tenant), [])
+        while heap:
+            request_id = heap[0][2]
+            if self._can_be_shed(request_id) and request_id not in self._late:
+                return self._items[request_id]
+            heapq.heappop(heap)
+        return None
 
     def _compact(self) -> None:
         """Drop from the heaps those that left before their time."""

@@ -14,24 +14,28 @@ from __future__ import annotations
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from configs.schema import SchedulerConfig
 from configs.tenants import Tenants, without_file
-from protocol.errors import DeadlineExceeded, Failure, InternalError, InvalidRequest, PromptTooLong, TandemError, to_failure
+from protocol.errors import DeadlineExceeded, Failure, InternalError, InvalidRequest, TandemError, to_failure
 from protocol.messages import Admit, GatewayBeat, Outcome, Progress, WorkerBeat, WorkerInfo, WorkerPhase
 from protocol.ticket import Ticket
 from scheduler import admission
-from scheduler.admission import DrainRate
+from scheduler.admission import DrainRate, Refusal
 from scheduler.cost import CostBook
 from scheduler.explain import Decisions
 from scheduler.fairness import Fairness
+from scheduler.gate import Entered, Gate
+from scheduler.joint import Joint
 from scheduler.latency import Latencies, Sample
 from scheduler.learning import learn_from_beat, learn_from_first_token, learn_from_outcome
-from scheduler.ledger import Entry, Ledger, WorkerState, blocks_to_reserve
+from scheduler.ledger import Entry, Ledger, WorkerState
 from scheduler.order import make_order
-from scheduler.joint import Joint
+from scheduler.papers import again, item_of, ticket_of
 from scheduler.placement import Blocked, Placement, Placer, Refused, Rules
 from scheduler.prefix_index import PrefixIndex
 from scheduler.queue import Item, Order, Queue
@@ -44,8 +48,11 @@ log = logging.getLogger(__name__)
 
 HASH_BLOCK_LEN = 64  # tokens behind one of Admit.prefix_hashes; the gateways hash by the same
 MAX_REMEMBERED = 65_536  # requests whose last epoch, or whose end, is remembered, so that a late message changes nothing
+MAX_PUSHED_OUT = 8  # waiting requests that one newcomer may push out of a full queue
 MAX_DEAD = 64  # dead workers kept for the status
 RETRY_S = 0.25  # how soon time alone may make room (predicted ends)
+
+NOBODY = Pool()
 
 Decision = Ticket | tuple[str, Failure]
 
@@ -83,6 +90,7 @@ class Scheduler:
         )
         bounds = (self.config.max_queue_requests, self.config.max_queue_tokens, self.config.max_queue_bytes)
         self.fairness = Fairness()
+        self.pools: dict[str, Pool] = {}  # by model
         self.queue = Queue(order or make_order(config.policy, self.fairness), *bounds)
         self.ledger = Ledger()
         self.costs = CostBook()
@@ -92,13 +100,16 @@ class Scheduler:
         self.explained = Decisions(config.max_decisions)
         self.joint = Joint(self.rules, config.max_deflected_share)
         self.placer: Placer = placer or self.joint
-        self._read_classes()
         self.admission = admission
+        shares = self.fairness if order is None and config.policy in ("fair", "slo") else None
+        self.gate = Gate(
+            self.queue, self.pools, self.costs, shares, self.rules, self.find, config.retry_budget, draw,
+        )  # fmt: skip
+        self._read_classes()
         self.drain_rate = DrainRate()
         self.workers: dict[str, WorkerState] = {}  # alive, by incarnation
         self.dead: OrderedDict[str, WorkerState] = OrderedDict()
         self.gateways: dict[str, Gateway] = {}
-        self.pools: dict[str, Pool] = {}  # by model
         self._use_index = enable_prefix_caching
         self._gateway_lease_s = gateway_lease_s
         self._draw = draw
@@ -110,6 +121,7 @@ class Scheduler:
         self._started_at: float | None = None
         self._has_news = False
         self._retry_at = float("inf")
+        self._pending: list[Decision] = []  # decided outside of `decisions`: those that had to make room
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -137,22 +149,21 @@ class Scheduler:
         if not is_repeat:
             self.records.count("resumed" if admit.resumption else "submitted")
         self._check_it_can_ever_fit(admit)
-        if not (admit.resumption or is_repeat):
-            self._refuse_early(admit, now)
+        if waiting is not None and waiting.degraded:
+            admit = again(admit, waiting)
+        self.explained.asked(admit, now)
         deadline = now + min(admit.deadline_s, self.config.queue_timeout_s)
-        queued_at = now
         if waiting is not None:
-            queued_at, deadline = waiting.queued_at, min(waiting.deadline, deadline)
-        terms = terms_of(self.tenants, admit.slo_class, admit)
-        item = Item(
-            promised(admit, terms),
-            position,
-            last_epoch + 1,
-            queued_at,
-            deadline,
-            band=terms.band,
-            promised_at=queued_at - admit.waited_s + terms.ttft_s,
-        )
+            deadline = min(waiting.deadline, deadline)
+            item = msgspec.structs.replace(
+                waiting,
+                admit=promised(admit, terms_of(self.tenants, admit.slo_class, admit)),
+                epoch=last_epoch + 1,
+                deadline=deadline,
+            )
+        else:
+            entered = self._enter(admit, now, judges=self.admission and not (admit.resumption or is_repeat))
+            item = item_of(entered, position, last_epoch + 1, now, deadline)
         self.queue.add(item)
         self._has_news = True
         return last_epoch + 1
@@ -177,6 +188,8 @@ class Scheduler:
         if item is not None or entry is not None:
             self.records.count("withdrawn")
             self._remember_end(request_id)
+        if item is not None:
+            self.gate.dropped(item.admit, self.tenants, item.queued_at if now is None else now)
         if entry is not None:
             self._free(entry, entry.placed_at if now is None else now)
 
@@ -185,14 +198,16 @@ class Scheduler:
         in vain. Cheap when nothing has changed.
         """
         self._begin(now)
-        out: list[Decision] = []
+        out, self._pending = self._pending, []
+        for item in self.queue.turn_late(now):
+            self._turned_late(item, now, out)
         for item in self.queue.expired(now):
             waited = now - item.queued_at
             error = DeadlineExceeded(
                 f"not placed within {waited:.1f} s (scheduler.queue_timeout_s, or the request's own deadline)",
                 retry_after=admission.retry_after(self.predicted_drain_s(item.admit.model, now), self._draw),
             )
-            out.append(self._fail(item, error, "queue_timeout"))
+            out.append(self._fail(item, error, "queue_timeout", now))
         if not self._has_news and now < self._retry_at:
             return out
         self._has_news, self._retry_at = False, float("inf")
@@ -206,6 +221,7 @@ class Scheduler:
         if entry is None or entry.epoch != message.epoch or entry.first_token_at is not None:
             return
         learn_from_first_token(entry, message.prefill_s, now)
+        self.explained.first_token(entry.request_id, now - entry.placed_at)
         self.ledger.first_token(entry, now)
         self._has_news = True
 
@@ -216,6 +232,8 @@ class Scheduler:
         self.queue.remove(message.request_id)
         self._remember_end(message.request_id)
         self.fairness.correct(message.request_id, max(0, message.output_tokens))
+        self.gate.outcome(message, self.tenants, now)
+        self.explained.ended(message, now)
         kind = message.kind if message.kind in ("finished", "failed", "cancelled") else "failed"
         if not message.was_refused:  # a refusal was counted among the rejections when it was decided
             self.records.count(kind)
@@ -323,6 +341,11 @@ class Scheduler:
         deadline = self.queue.next_deadline()
         if deadline is not None:
             times += [deadline, now if self._has_news else min(self._retry_at, deadline)]
+        late_at = self.queue.next_late()
+        if late_at is not None:
+            times.append(late_at)
+        if self._pending:
+            times.append(now)
         return max(now, min(times)) if times else None
 
     def status(self, now: float) -> dict[str, Any]:
@@ -339,25 +362,46 @@ class Scheduler:
 
     def _decide_model(self, model: str, now: float, out: list[Decision]) -> None:
         """Place what can be placed of one model, in its order."""
-        was_backlog = self.queue.num_of[model] > 1
-        self._tell_pressure(model)
-        for item in self.queue.orders[model]:
+        pool = self.pools.get(model)
+        self._tell_pressure(model, pool)
+        walk = iter(self.queue.orders[model])
+        for item in walk:
+            was_backlog = self.queue.num_of[model] > 1
+            if self._has_its_share(item, pool):
+                skip_tenant = getattr(walk, "skip_tenant", None)
+                if skip_tenant is not None:
+                    skip_tenant()
+                self.fairness.lift(item.band, item.admit.tenant)
+                self._retry_at = now + RETRY_S
+                continue
             decision = self._try(item, now, was_backlog)
             if isinstance(decision, Blocked):
                 self._retry_at = now + RETRY_S
                 if decision is Blocked.NO_ROOM:  # nobody overtakes
+                    self.gate.decode_is_short[model] = self.joint.waits_for_decode
                     break
             else:
                 self.queue.remove(item.admit.request_id)
                 out.append(decision)
 
-    def _tell_pressure(self, model: str) -> None:
+    def _has_its_share(self, item: Item, pool: Pool | None) -> bool:
+        """Whether its tenant holds as much KV as it may (kv_share); one request it may always have."""
+        share = self.tenants.tenant(item.admit.tenant).kv_share
+        if share >= 1.0 or pool is None or item.admit.resumption:
+            return False
+        held = self.ledger.held.get((item.admit.model, item.admit.tenant), 0)
+        return held > 0 and held >= share * pool.decode.num_blocks.sum()
+
+    def _tell_pressure(self, model: str, pool: Pool | None) -> None:
         """What the default placer has to know of the queue."""
-        pool = self.pools.get(model)
         num_prefills = max(1, len(pool.prefill) if pool else 0)
         self.joint.pressure = (self.queue.num_of[model] - 1) / num_prefills
-        service_s = sum(w.service_s for (m, _), tenants in self.queue.waiting.items() if m == model for w in tenants.values())
+        service_s = sum(sums.service_s for (of, _), sums in self.queue.totals.items() if of == model)
         self.joint.backlog_s = service_s / num_prefills
+
+    def find(self, admit: Admit) -> Mapping[str, int]:
+        """What workers are believed to hold of its prompt."""
+        return self.index.match(admit.prefix_hashes) if self._use_index and admit.prefix_hashes else {}
 
     def _try(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         """One item's decision. A bug of ours fails this item alone: the others' turn comes all the same."""
@@ -372,25 +416,47 @@ class Scheduler:
             error = InternalError("the scheduler could not place this request; its log has the details")
             if item.admit.last_epoch == 0:
                 self.records.count("failed")  # its outcome will look like a refusal's, which counts no failure
-            return self._fail(item, error, None)
+            return self._fail(item, error, None, now)
 
     def _decide(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         admit = item.admit
-        matches = self.index.match(admit.prefix_hashes) if self._use_index else {}
-        pool = self.pools.get(admit.model)
-        if pool is None:
-            pool = Pool()
-        found = self.placer.place(admit, pool, self.costs.output(admit.model), matches, item.queued_at, now)
+        pool = self.pools.get(admit.model) or NOBODY
+        found = self.placer.place(admit, pool, self.costs.output(admit.model), self.find(admit), item.queued_at, now)
         if found is Blocked.NO_WORKER:
             if now - max(self._without_since(admit.model), item.queued_at) > self.config.recovery_s:
                 error = admission.no_worker(admit.model, self._until_worker(admit.model, now), self._draw)
-                return self._fail(item, error, "no_worker")
+                return self._fail(item, error, "no_worker", now)
             return found
         if isinstance(found, Blocked):
             return found
         if isinstance(found, Refused):
-            return self._fail(item, found.error, "placer")
+            return self._fail(item, found.error, "placer", now)
+        if item.refuses_late and self.admission and self._comes_too_late(item, found, now):
+            terms = terms_of(self.tenants, admit.slo_class, admit)
+            return self._fail(item, self.gate.late(admit, terms, None, "slo_ttft", now).error, "slo_ttft", now)
         return self._book(item, found, now, was_backlog)
+
+    @staticmethod
+    def _comes_too_late(item: Item, placement: Placement, now: float) -> bool:
+        """Its prefill would be spent on a promise that is broken by then."""
+        worker = placement.prefill or placement.decode
+        ratio = min(2.0, worker.cost.ttft_error.quantile(0.5))
+        return not item.admit.resumption and now + placement.ttft_s * ratio > item.promised_at
+
+    def _turned_late(self, item: Item, now: float, out: list[Decision]) -> None:
+        """Its promise cannot be kept any more: what its class says."""
+        if not (item.refuses_late and self.admission) or item.admit.resumption:
+            return
+        self.queue.remove(item.admit.request_id)
+        helped = self.gate.demoted(item, self.tenants, now)
+        if helped is not None:
+            other = item_of(helped, item.position, item.epoch, item.queued_at, item.deadline)
+            self.queue.add(other)
+            self.explained.note(item.admit.request_id, now, "degraded", degraded=helped.degraded)
+            self._has_news = True
+            return
+        terms = terms_of(self.tenants, item.admit.slo_class, item.admit)
+        out.append(self._fail(item, self.gate.late(item.admit, terms, None, "slo_ttft", now).error, "slo_ttft", now))
 
     def _book(self, item: Item, placement: Placement, now: float, was_backlog: bool) -> Ticket:
         admit = item.admit
@@ -401,6 +467,7 @@ class Scheduler:
         self._mint(item)
         self._ended.pop(admit.request_id, None)
         self.drain_rate.placed(admit.prompt_len, now, was_backlog)
+        self.gate.placed(item, now, was_backlog)
         entry = Entry(
             request_id=admit.request_id,
             epoch=item.epoch,
@@ -428,58 +495,100 @@ class Scheduler:
         self.fairness.charge(admit.request_id, item.band, admit.tenant, weight, admit.prompt_len, predicted)
         self.records.count("placed")
         self.records.count("placed_disaggregated" if placement.prefill else "placed_local")
-        prefill = placement.prefill.ref if placement.prefill else None
-        return Ticket(admit.request_id, item.epoch, placement.decode.ref, prefill, placement.ttft_s)
+        is_joint = self.placer is self.joint
+        self.explained.note(
+            admit.request_id, now, "placed", epoch=item.epoch, decode=placement.decode.info.name,
+            prefill=placement.prefill.info.name if placement.prefill else None, waited_s=now - item.queued_at,
+            ttft_s=placement.ttft_s, tpot_s=placement.tpot_s or None, cached_tokens=placement.cached,
+            expected_output_tokens=placement.expected_output,
+        )  # fmt: skip
+        if is_joint:
+            self.explained.saw(admit.request_id, self.joint.candidates())
+        return ticket_of(item, placement)
 
-    def _fail(self, item: Item, error: TandemError, reason: str | None) -> tuple[str, Failure]:
+    def _fail(self, item: Item, error: TandemError, reason: str | None, now: float) -> tuple[str, Failure]:
         self._mint(item)
         self._remember_end(item.admit.request_id)
+        self.gate.dropped(item.admit, self.tenants, now)
         if reason is not None:
             self.records.reject(reason, item.admit.request_id)
+        self.explained.note(
+            item.admit.request_id, now, "refused", reason=reason or "bug", text=error.message, retry_after_s=error.retry_after
+        )
         return item.admit.request_id, to_failure(error)
 
     # ---- refusing --------------------------------------------------------------------------------------------------
 
-    def _refuse_early(self, admit: Admit, now: float) -> None:
-        """Raises what makes waiting useless: nobody to wait for, no room to wait in, no hope to be placed in time."""
+    def _enter(self, admit: Admit, now: float, *, judges: bool) -> Entered:
+        """Raises what makes waiting useless: nobody to wait for, a promise that cannot be kept, no room to wait in."""
+        is_new = not admit.resumption
+        try:
+            if judges:
+                self._refuse_hopeless(admit, now)
+            entered = self.gate.enter(admit, self.tenants, now, judges=judges)
+            if is_new:
+                self._make_room(entered, now)
+        except Refusal as refusal:
+            error = refusal.error
+            self.records.reject(refusal.reason, admit.request_id)
+            self.explained.note(
+                admit.request_id, now, "refused", reason=refusal.reason, text=error.message, retry_after_s=error.retry_after
+            )
+            raise error from None
+        if entered.victim is not None:
+            terms = terms_of(self.tenants, entered.victim.admit.slo_class, entered.victim.admit)
+            self._push_out(entered.victim, self.gate.late(entered.victim.admit, terms, entered.forecast, "slo_ttft", now), now)
+        if entered.forecast is not None:
+            seen = entered.forecast
+            self.explained.note(
+                admit.request_id, now, "entered", predicted_wait_s=seen.wait_s, predicted_ttft_s=seen.ttft_s,
+                waits_for="decode" if seen.is_decode_short else "prefill", degraded=entered.degraded or None,
+            )  # fmt: skip
+        return entered
+
+    def _refuse_hopeless(self, admit: Admit, now: float) -> None:
         model = admit.model
         if not self._has_decode(model) and now - self._without_since(model) > self.config.recovery_s:
-            self.records.reject("no_worker", admit.request_id)
-            raise admission.no_worker(model, self._until_worker(model, now), self._draw)
-        drain = self.predicted_drain_s(model, now)
-        refusal = admission.overflowing(admit, self.queue, drain, self._draw)
-        if refusal is not None:
-            self.records.reject(refusal[1], admit.request_id)
-            raise refusal[0]
+            raise Refusal(admission.no_worker(model, self._until_worker(model, now), self._draw), "no_worker")
         patience = min(admit.deadline_s, self.config.queue_timeout_s)
+        rate = self.drain_rate.tokens_per_s(now)
         # Twice: an estimate may be wrong, and refusing whom we could have served is worse than letting one wait.
-        if self.drain_rate.tokens_per_s(now) is not None and drain > 2 * patience:
-            self.records.reject("would_time_out", admit.request_id)
-            raise admission.hopeless(drain, patience, self._draw)
+        if rate is not None and self.queue.num_tokens > 2 * patience * rate:
+            raise Refusal(admission.hopeless(self.queue.num_tokens / rate, patience, self._draw), "would_time_out")
+
+    def _make_room(self, entered: Entered, now: float) -> None:
+        """In a full queue: lower bands go first, then the tenant of the same band that fills it most; else Refusal."""
+        admit = entered.admit
+        for _ in range(MAX_PUSHED_OUT):
+            if self.queue.overflow(admit) is None:
+                return
+            victim = None
+            if self.admission:
+                victim = self.queue.victim(entered.terms.band, admit.tenant, lambda name: self.tenants.tenant(name).weight)
+            if victim is None:
+                break
+            drain = self.predicted_drain_s(victim.admit.model, now)
+            is_lower = victim.band > entered.terms.band
+            self._push_out(victim, admission.pushed_out(victim.admit, is_lower, drain, self._draw), now)
+        over = self.queue.overflow(admit)
+        if over is not None:
+            self.gate.dropped(admit, self.tenants, now)
+            drain = self.predicted_drain_s(admit.model, now)
+            raise Refusal(*admission.overflowing(admit, self.queue, over, drain, self._draw))
+
+    def _push_out(self, victim: Item, refusal: Refusal, now: float) -> None:
+        self.queue.remove(victim.admit.request_id)
+        self._pending.append(self._fail(victim, refusal.error, refusal.reason, now))
 
     def _check_it_can_ever_fit(self, admit: Admit) -> None:
-        decodes = [w.info for w in self.pools.get(admit.model, []) if w.info.role == "decode"]
-        if not decodes:
+        pool = self.pools.get(admit.model)
+        if pool is None or pool.largest is None:
             return
-        num_tokens = admit.prompt_len + admit.max_tokens
-        largest = max(decodes, key=lambda info: info.num_blocks * info.layout.block_size)
-        if largest.layout.num_blocks_for(num_tokens) > largest.num_blocks:
+        try:
+            admission.check_it_fits(admit, pool.largest)
+        except InvalidRequest:
             self.records.reject("too_long", admit.request_id)
-            raise PromptTooLong(
-                f"prompt and max_tokens are {num_tokens} tokens, the KV pool of a worker holds "
-                f"{largest.num_blocks * largest.layout.block_size}; lower max_tokens or raise --num-gpu-blocks-override "
-                "(model.kv_cache_bytes on a CPU)",
-                param="max_tokens",
-            )
-        if admit.resumption:
-            return  # its choices, grown by now, come back one after the other
-        if blocks_to_reserve(largest, admit.prompt_len, admit.num_choices) > largest.num_blocks:
-            self.records.reject("too_long", admit.request_id)
-            raise InvalidRequest(
-                f"{admit.num_choices} choices of a prompt of {admit.prompt_len} tokens do not fit into a worker's "
-                f"{largest.num_blocks} KV blocks; lower n or raise --num-gpu-blocks-override",
-                param="n",
-            )
+            raise
 
     def predicted_drain_s(self, model: str, now: float) -> float:
         """Seconds until everything that waits is placed."""
@@ -488,7 +597,8 @@ class Scheduler:
         return admission.drain_s(self.queue.num_tokens, len(self.queue), workers, output, self.drain_rate, now)
 
     def _has_decode(self, model: str) -> bool:
-        return any(w.info.role == "decode" for w in self.pools.get(model, []))
+        pool = self.pools.get(model)
+        return pool is not None and len(pool.decode) > 0
 
     def _without_since(self, model: str) -> float:
         """Since when no decode worker of the model has been alive; a fresh scheduler gives everybody time to register."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from protocol.messages import WorkerInfo
 from scheduler.cost import CostModel
 from scheduler.ledger import WorkerState
 
@@ -123,16 +124,23 @@ class Pool(list[WorkerState]):
         super().__init__()
         self.prefill = Rows()
         self.decode = Rows()
+        self.largest: WorkerInfo | None = None  # the decode worker whose pool holds most tokens
         for worker in workers:
             self.join(worker)
 
     def join(self, worker: WorkerState) -> None:
         self.append(worker)
         self.of(worker.info.role).add(worker)
+        self._measure()
 
     def leave(self, worker: WorkerState) -> None:
         self.remove(worker)
         self.of(worker.info.role).remove(worker)
+        self._measure()
+
+    def _measure(self) -> None:
+        infos = [worker.info for worker in self.decode.workers]
+        self.largest = max(infos, key=lambda info: info.num_blocks * info.layout.block_size, default=None)
 
     def of(self, role: str) -> Rows:
         return self.prefill if role == "prefill" else self.decode
