@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import capacity, fidelity, http, kv, observing, serve, simulator, startup
+from bench import capacity, fidelity, http, kv, observing, promises, serve, simulator, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("capacity", capacity),
         ("fidelity", fidelity),
         ("simulator", simulator),
+        ("promises", promises),
     ):
         assert module.__doc__ is not None
         command = commands.add_parser(

@@ -2,8 +2,8 @@
 
     python -m bench simulator --traces ../shared/traces          # goals: < 10 s; < 15 min and < 4 GB, on one core
 
-The million is synthetic: Poisson arrivals, prompts and answers drawn as long as Azure's conversations (log-normal, means 1,155 and 211),
-on 500 prefill and 500 decode workers at about two thirds of what they carry. CPU seconds are of this process alone.
+The million is synthetic: Poisson arrivals, prompts and answers drawn as long as Azure's conversations (log-normal, means 1,155 and
+211), on 500 prefill and 500 decode workers at about two thirds of what they carry. CPU seconds are of this process alone.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import random
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -96,6 +97,7 @@ class Simulation:
         # Give up early: so many misses that the share of good ones can no longer reach stop_below.
         self._max_missed = None if stop_below is None or num_expected is None else int((1 - stop_below) * num_expected)
         self._shared = (Link(setup.shared_gbps),) if setup.shared_gbps else ()
+        self.newly_refused: deque[Req] = deque(maxlen=1000)  # that will come back; whoever watches takes them out
         self._last_end_at = 0.0
         self.last_arrival_at = 0.0
         self.prefills: dict[str, PrefillWorker] = {}
@@ -233,6 +235,8 @@ class Simulation:
         if self.setup.retries and wait is not None and req.num_retries < MAX_RETRIES:
             req.num_retries += 1
             req.was_refused_at, req.waited = self.now, wait
+            if self._watch is not None:
+                self.newly_refused.append(req)
             self.at(self.now + wait, self._come_back, req)
             return
         self._end(req, End.TIMED_OUT if isinstance(error, DeadlineExceeded) else End.REFUSED)
