@@ -51,6 +51,7 @@ EQUAL = 0.01  # relative: predictions that differ by less are equals, between wh
 LOOKAHEAD_SHARE = 0.1  # of the promised TTFT: how much work a prefill worker may have before it
 MIN_LOOKAHEAD_S, MAX_LOOKAHEAD_S = 0.02, 0.5
 MAX_PRESSURE = 4.0
+UNTRIED = 1.5  # how much slower than a prefill worker a decode worker is taken to prefill before it has shown it
 NUM_CANDIDATES = 4  # of each role that an explanation shows
 
 _prefill_theta: Callable[[CostModel], list[float]] = lambda cost: cost.prefill.theta  # noqa: E731
@@ -129,12 +130,19 @@ class View:
         live, admit = rows.live, self.admit
         n = float(admit.prompt_len)
         c = self.cached(rows)
-        a, b, square = rows.theta(_prefill_theta)
+        a, b, square = rows.theta(self._local_theta)
         done = np.minimum(live[HEAD_S], np.maximum(0.0, self.now - live[HEAD_SINCE]))
         queue = np.maximum(0.0, live[BACKLOG_S] - done)
         work = (a + b * (n - c) / 1e3 + square * (n * n - c * c) / 1e6) * live[PREFILL_DRIFT]
         ttft = np.where(usable & (rows.can_prefill | rows.is_overflow), queue + work + self._steps_between(rows, n - c), math.inf)
         return Prefills(queue, work, ttft, c if isinstance(c, np.ndarray) else np.zeros(len(rows)))
+
+    def _local_theta(self, cost: CostModel) -> list[float]:
+        """A decode worker that has hardly prefilled yet is taken for a somewhat slower prefill worker, where those are known."""
+        pool = self.pool.prefill.costs
+        if cost.prefill.num_observations >= TRUSTED_AFTER or not pool or pool[0].prefill.num_observations < TRUSTED_AFTER:
+            return cost.prefill.theta
+        return [max(UNTRIED * theirs, own) for theirs, own in zip(pool[0].prefill.theta, cost.prefill.theta, strict=True)]
 
     def _steps_between(self, rows: Rows, num_tokens: Any) -> Floats:
         """Seconds that the tokens of those who decode there take out of a prompt's prefill."""
@@ -322,6 +330,9 @@ class Joint:
         all the same while others are free, because it has been weighed against them."""
         rows = view.pool.prefill
         waiting = rows.live[NUM_PREFILLS]
+        if any(cost.prefill.num_observations < TRUSTED_AFTER for cost in rows.costs):  # no order of magnitude is known yet
+            deep = (prefills.queue_s > self._rules.max_prefill_queue_s) & (waiting >= 2)
+            return bool(deep[best])
         short = prefills.queue_s <= self.lookahead_s(view.admit)
         free = (short | (waiting < 1)) & np.isfinite(prefills.ttft_s)
         return not free.any()

@@ -121,7 +121,7 @@ class Scheduler:
         self._started_at: float | None = None
         self._has_news = False
         self._retry_at = float("inf")
-        self._pending: list[Decision] = []  # decided outside of `decisions`: those that had to make room
+        self._pending: dict[str, Decision] = {}  # decided outside of `decisions`: those that had to make room
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -134,6 +134,7 @@ class Scheduler:
         self._begin(now)
         request_id = admit.request_id
         former, waiting = self.ledger.entries.get(request_id), self.queue.remove(request_id)
+        self._pending.pop(request_id, None)
         last_epoch, position = self._minted.get(request_id, (0, self._next_position))
         last_epoch = max(last_epoch, admit.last_epoch)
         # Asked again, because an answer was lost or is late: a place in the queue and a deadline are kept, and nothing is refused.
@@ -185,6 +186,7 @@ class Scheduler:
         """Nobody waits for it any more: out of the queue, and out of the ledger if its ticket was under way."""
         item = self.queue.remove(request_id)
         entry = self.ledger.entries.get(request_id)
+        self._pending.pop(request_id, None)
         if item is not None or entry is not None:
             self.records.count("withdrawn")
             self._remember_end(request_id)
@@ -198,7 +200,8 @@ class Scheduler:
         in vain. Cheap when nothing has changed.
         """
         self._begin(now)
-        out, self._pending = self._pending, []
+        out = list(self._pending.values())
+        self._pending.clear()
         for item in self.queue.turn_late(now):
             self._turned_late(item, now, out)
         for item in self.queue.expired(now):
@@ -230,6 +233,7 @@ class Scheduler:
         self._begin(now)
         entry = self.ledger.entries.get(message.request_id)
         self.queue.remove(message.request_id)
+        self._pending.pop(message.request_id, None)
         self._remember_end(message.request_id)
         self.fairness.correct(message.request_id, max(0, message.output_tokens))
         self.gate.outcome(message, self.tenants, now)
@@ -578,7 +582,7 @@ class Scheduler:
 
     def _push_out(self, victim: Item, refusal: Refusal, now: float) -> None:
         self.queue.remove(victim.admit.request_id)
-        self._pending.append(self._fail(victim, refusal.error, refusal.reason, now))
+        self._pending[victim.admit.request_id] = self._fail(victim, refusal.error, refusal.reason, now)
 
     def _check_it_can_ever_fit(self, admit: Admit) -> None:
         pool = self.pools.get(admit.model)
@@ -633,6 +637,7 @@ class Scheduler:
 
     def _drop_unheld(self, request_id: str, now: float) -> None:
         """No gateway holds it any more."""
+        self._pending.pop(request_id, None)
         item, entry = self.queue.remove(request_id), self.ledger.entries.get(request_id)
         if item is None and entry is None:
             return
