@@ -62,8 +62,8 @@ def _timed(name: str, setup: Setup, arrivals: Iterator[Arrival], policy: str) ->
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     good = results.num_good / max(1, results.num_offered)
     print(
-        f"{name}: {wall:.1f} s ({cpu:.1f} s of CPU, {1e6 * cpu / results.num_offered:.0f} us a request), {simulation.now:.0f} s of the "
-        f"cluster, {simulation._num_events} events, {rss:.2f} GiB at most; promises kept {good:.1%}",
+        f"{name}: {wall:.1f} s ({cpu:.1f} s of CPU, {1e6 * cpu / results.num_offered:.0f} us a request), {simulation.now:.0f} s of "
+        f"the cluster, {simulation._num_events} events, {rss:.2f} GiB at most; promises kept {good:.1%}",
         flush=True,
     )
     return {"wall_s": wall, "cpu_s": cpu, "requests": results.num_offered, "events": simulation._num_events, "max_rss_gib": rss,

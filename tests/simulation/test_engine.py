@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import pytest
 
 from bench.traces import Arrival
-from configs.tenants import SloClass
 from simulation import policies, workers
 from simulation.blocks import Holding, Pool
 from simulation.cluster import Setup, Simulation
-from simulation.costs import Cost, DecodeCost, KvShape, LargeDecodeCost, PrefillCost, RoleLimits, Span, span_of
+from simulation.costs import Contention, Span, span_of
 from simulation.links import Link, send
 from simulation.results import End
-from simulation.scenario import config_of, tenants_of
-
-
-def small_cost(**changes: object) -> Cost:
-    fields: dict[str, object] = {
-        "name": "small",
-        "model": "m",
-        "source": "made up",
-        "prefill": PrefillCost(per_step_s=0.004, per_token_s=2e-5, per_token2_s=3e-9),
-        "decode": DecodeCost(per_step_s=0.01, per_context_token_s=1e-6, per_seq_s=1e-4),
-        "decode_large": LargeDecodeCost(per_step_s=0.008, per_context_token_s=1e-6, per_seq_s=2e-4, above=5),
-        "kv": KvShape(num_layers=4, num_kv_heads=2, head_dim=16, block_size=16),
-        "num_blocks": 64,
-        "prefill_limits": RoleLimits(max_num_batched_tokens=128, max_num_seqs=4),
-        "decode_limits": RoleLimits(max_num_batched_tokens=32, max_num_seqs=12),
-        "transfer_s": 0.001,
-    }
-    return Cost(**{**fields, **changes})  # type: ignore[arg-type]
-
-
-def some_arrivals(number: int, seed: int, rate: float = 6.0, block: int = 32) -> list[Arrival]:
-    rng = random.Random(seed)
-    at, found = 0.0, []
-    for _ in range(number):
-        at += rng.expovariate(rate)
-        prompt = rng.choice((1, 15, 16, 17, 40, 100, 260, 400))
-        family = rng.randrange(4)
-        prefix = tuple(1000 * family + i for i in range(prompt // block))
-        found.append(Arrival(at, f"t{family % 2}", prompt, rng.choice((1, 2, 7, 33, 90)), prefix, block))
-    return found
-
-
-def a_setup(arrivals: list[Arrival], cost: Cost, prefill: int = 1, decode: int = 1, **changes: object) -> Setup:
-    tenants = tenants_of(arrivals, SloClass(ttft_s=1.0, tpot_s=0.05, when_late="queue"))
-    config = config_of(tenants, disaggregation_threshold=48)
-    setup = Setup((cost,) * prefill, (cost,) * decode, tenants, config, max_tokens=128, hash_len=arrivals[0].block)
-    return setup._replace(**changes)
+from tests.simulation.small import a_setup, small_cost, some_arrivals
 
 
 def rows(simulation: Simulation) -> dict[int, tuple[int, float, float, float, int]]:
@@ -140,16 +102,16 @@ def test_one_request_alone_takes_what_the_formulas_say() -> None:
 
 
 def test_same_seed_same_run_and_every_request_has_one_end() -> None:
-    arrivals = some_arrivals(200, 3, rate=30.0)
+    arrivals = some_arrivals(120, 3, rate=30.0)
     for policy in ("tandem", "random", "mooncake", "round-robin-edf"):
         setup = a_setup(arrivals, small_cost(), 2, 2)
         one, two = run(setup, arrivals, policy), run(setup, arrivals, policy)
         assert rows(one) == rows(two)
-        assert sorted(one.results.index) == list(range(200))
+        assert sorted(one.results.index) == list(range(120))
         found = one.summary()
         ends = found["finished"] + found["rejected"] + found["timed_out"] + found["failed"]
-        assert ends == found["offered"] == 200
-        assert sum(part["offered"] for part in found["tenants"].values()) == 200
+        assert ends == found["offered"] == 120
+        assert sum(part["offered"] for part in found["tenants"].values()) == 120
     other = run(a_setup(arrivals, small_cost(), 2, 2, seed=1), arrivals, "random")
     assert rows(other) != rows(run(a_setup(arrivals, small_cost(), 2, 2, seed=0), arrivals, "random"))
 
@@ -192,8 +154,6 @@ def test_transfers_share_a_link_and_hide_behind_the_prefill() -> None:
 
 
 def test_a_slower_neighbour_is_felt_only_while_it_works() -> None:
-    from simulation.costs import Contention
-
     arrivals = some_arrivals(40, 5)
     alone = run(a_setup(arrivals, small_cost()), arrivals)
     cost = small_cost(contention=Contention(prefill=1.5, decode=1.4))
