@@ -17,6 +17,8 @@ from protocol.messages import Admit
 MAX_APPOINTMENTS = 16_384
 GRACE_S = 2.0  # and a quarter of the wait: how late one may come
 
+LEARNING = 0.05
+
 Mark = tuple[str, str, int, int, int, bytes]
 
 
@@ -48,6 +50,7 @@ class Appointments:
         self._lines: dict[tuple[str, int], deque[Appointment]] = {}  # model, band -> in the order of their times
         self._line_end: dict[tuple[str, int], float] = {}
         self._count = 0
+        self.show_rate = 0.5  # of those that are told a time, who come; a moving mean
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -61,7 +64,8 @@ class Appointments:
         if len(self._numbers) >= MAX_APPOINTMENTS:
             return
         line = appointment.model, appointment.band
-        self._line_end[line] = max(self._line_end.get(line, 0.0), appointment.at + takes_s)
+        # Those who stay away leave their times to others: told closer together, as many come as there is room for.
+        self._line_end[line] = max(self._line_end.get(line, 0.0), appointment.at + takes_s * self.show_rate)
         self._count += 1
         self._numbers[id(appointment)] = self._count
         heapq.heappush(self._ends, (appointment.until, self._count, appointment))
@@ -76,6 +80,7 @@ class Appointments:
             return None
         appointment = mine[0]
         self._drop(appointment)
+        self.show_rate += LEARNING * (1.0 - self.show_rate)
         return appointment
 
     def lost(self, now: float) -> list[Appointment]:
@@ -88,11 +93,12 @@ class Appointments:
                 continue
             self._drop(appointment)
             self._gone.discard(number)
+            self.show_rate -= LEARNING * self.show_rate
             out.append(appointment)
         return out
 
     def work_s(self, model: str, band: int, until: float) -> float:
-        """What those of this band and higher ones will ask for by then."""
+        """What those of this band and higher ones who come will ask for by then."""
         total = 0.0
         for (of, its_band), line in self._lines.items():
             if of != model or its_band > band:
@@ -101,7 +107,7 @@ class Appointments:
                 if appointment.at > until:
                     break
                 total += appointment.work_s
-        return total
+        return total * self.show_rate
 
     def _drop(self, appointment: Appointment) -> None:
         self._gone.add(self._numbers.pop(id(appointment)))

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from protocol.parallel import ALONE, Parallel
-from scheduler.residuals import Residuals
+from scheduler.residuals import Margin, Residuals
 
 PRIOR_SPREAD = 300.0  # how many times its prior a coefficient may well be: models differ by orders of magnitude
 NOISE = 0.02  # variance of one relative residual
@@ -123,6 +123,7 @@ class CostModel:
         self.decode_error = Residuals()
         self.ttft_error = Residuals()
         self.tpot_error = Residuals()
+        self.tpot_margin = Margin()
 
     def prefill_s(self, prompt_len: int, cached: int) -> float:
         """The prompt's uncached part, alone on the worker."""

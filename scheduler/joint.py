@@ -198,7 +198,7 @@ class View:
 
     def margin(self, rows: Rows) -> float:
         """By how much a step time is to be overestimated, so that the promised share of requests keeps its promise."""
-        return max(1.0, max(cost.tpot_error.quantile(self.rules.attainment) for cost in rows.costs))
+        return max(cost.tpot_margin.factor for cost in rows.costs)
 
 
 class Joint:

@@ -6,6 +6,8 @@ it. Called by `scheduler.Scheduler` when a message arrives; it changes cost mode
 
 from __future__ import annotations
 
+import math
+
 from protocol.messages import Outcome, WorkerStats
 from scheduler.cost import TRUSTED_AFTER
 from scheduler.ledger import Entry, WorkerState
@@ -69,5 +71,7 @@ def learn_from_outcome(entry: Entry, outcome: Outcome, now: float) -> None:
     num_tokens = outcome.output_tokens / entry.num_choices
     if entry.tpot_s > 0 and num_tokens >= MIN_PACE_TOKENS:
         worker.cost.tpot_error.observe(tpot_s, entry.tpot_s)
+    if entry.tpot_limit < math.inf:
+        worker.cost.tpot_margin.observe(tpot_s <= entry.tpot_limit)
     if now - worker.clean_decode_at >= CLEAN_S:
         worker.cost.observe_decode(max(1, worker.num_decoding), worker.num_context_tokens, tpot_s)

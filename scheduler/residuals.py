@@ -45,3 +45,19 @@ class Residuals:
             return {"count": 0, "mape": None, "p10": None, "p50": None, "p90": None}
         at = {name: known[max(0, math.ceil(q * len(known)) - 1)] for name, q in (("p10", 0.1), ("p50", 0.5), ("p90", 0.9))}
         return {"count": self.count, "mape": sum(abs(r - 1.0) / r for r in known) / len(known), **at}
+
+
+class Margin:
+    """By how much a prediction is to be overestimated so that no more than a share of promises is broken: raised a little by each that
+    was broken, lowered by each that was kept, in equilibrium where the shares balance (stochastic approximation of a quantile)."""
+
+    STEP = 0.02
+    LEAST, MOST = 1.0, 1.3
+
+    def __init__(self, allowed: float = 0.02) -> None:
+        self._allowed = allowed
+        self.factor = 1.03
+
+    def observe(self, was_kept: bool) -> None:
+        change = -self._allowed if was_kept else 1.0 - self._allowed
+        self.factor = min(self.MOST, max(self.LEAST, self.factor * (1.0 + self.STEP * change)))

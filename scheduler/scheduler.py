@@ -49,12 +49,19 @@ log = logging.getLogger(__name__)
 HASH_BLOCK_LEN = 64  # tokens behind one of Admit.prefix_hashes; the gateways hash by the same
 MAX_REMEMBERED = 65_536  # requests whose last epoch, or whose end, is remembered, so that a late message changes nothing
 MAX_PUSHED_OUT = 8  # waiting requests that one newcomer may push out of a full queue
+MAX_OVERTAKERS = 3  # smaller requests that are tried when the first of its tenant finds no decode room
 MAX_DEAD = 64  # dead workers kept for the status
 RETRY_S = 0.25  # how soon time alone may make room (predicted ends)
 
 NOBODY = Pool()
 
 Decision = Ticket | tuple[str, Failure]
+
+
+def _may_overtake(item: Item, blocked: Item) -> bool:
+    """Of the same tenant and band, so that nobody else is served out of turn. Who is overtaken is refused when it gets late, and
+    the time it is then given is its own."""
+    return item.admit.tenant == blocked.admit.tenant and item.band == blocked.band and not item.admit.resumption
 
 
 class Scheduler:
@@ -369,7 +376,15 @@ class Scheduler:
         pool = self.pools.get(model)
         self._tell_pressure(model, pool)
         walk = iter(self.queue.orders[model])
+        blocked: Item | None = None  # who waits for decode room; smaller ones of its own tenant may go before it
+        num_overtakers = 0
         for item in walk:
+            if blocked is not None:
+                if not _may_overtake(item, blocked) or num_overtakers >= MAX_OVERTAKERS:
+                    break
+                if item.cost > 0.9 * blocked.cost:
+                    continue
+                num_overtakers += 1
             was_backlog = self.queue.num_of[model] > 1
             if self._has_its_share(item, pool):
                 skip_tenant = getattr(walk, "skip_tenant", None)
@@ -381,9 +396,12 @@ class Scheduler:
             decision = self._try(item, now, was_backlog)
             if isinstance(decision, Blocked):
                 self._retry_at = now + RETRY_S
-                if decision is Blocked.NO_ROOM:  # nobody overtakes
-                    self.gate.decode_is_short[model] = self.joint.waits_for_decode
-                    break
+                if decision is Blocked.NO_ROOM:  # none of another tenant overtakes
+                    if blocked is None:
+                        self.gate.decode_is_short[model] = self.joint.waits_for_decode
+                    if not self.joint.waits_for_decode or not item.refuses_late or item.is_appointed or item.admit.resumption:
+                        break
+                    blocked = item
             else:
                 self.queue.remove(item.admit.request_id)
                 out.append(decision)
