@@ -3,7 +3,7 @@
     python -m bench fidelity --traces ../shared/traces --json fidelity.json
 
 Starts `tandem serve` (one prefill and one decode worker) with random weights of a 30-million-parameter Llama, so that a step takes
-milliseconds of computing and not of waiting; replays part of the ServeGen trace, calibrates, replays part of the Azure trace, which
+milliseconds of computing and not of waiting; replays part of the VTC trace, calibrates, replays part of the Azure trace, which
 calibration never saw, and simulates just these arrivals. Open loop; run it on an idle machine. Under eight minutes.
 
 Printed: mean absolute relative error of each request's time from due to end (goal 10 %), the error of the p99 of TTFT (goal 25 %).
@@ -47,10 +47,10 @@ GOAL_E2E, GOAL_TTFT = 0.10, 0.25
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--traces", type=Path, default=os.environ.get("TANDEM_TRACES"), help="folder (default: $TANDEM_TRACES)")
     parser.add_argument("--model", help="a model directory (default: random weights, made for this run)")
-    parser.add_argument("--calibrate-on", default="servegen_m_large_1h_5rps.csv.gz", metavar="TRACE")
+    parser.add_argument("--calibrate-on", default="vtc_arena_multi_client.csv", metavar="TRACE")
     parser.add_argument("--judge-on", default="azure2023_conv.csv.gz", metavar="TRACE")
     parser.add_argument("--requests", type=int, default=120, help="of each trace (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=0.3, help="of the traces' lengths (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=0.3, help="of the judging trace's lengths (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.2, help="requests a second, by speeding the trace up or down")
     parser.add_argument("--cost", type=Path, help="keep the calibrated cost file here")
 
@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.traces is None or not Path(args.traces).is_dir():
         raise SystemExit("bench fidelity: --traces FOLDER (or TANDEM_TRACES) is needed: the traces are not part of the repository")
     started = time.monotonic()
-    tuning = _arrivals(Path(args.traces) / args.calibrate_on, args)
-    judging = _arrivals(Path(args.traces) / args.judge_on, args)
+    tuning = _arrivals(Path(args.traces) / args.calibrate_on, args, 1.0)
+    judging = _arrivals(Path(args.traces) / args.judge_on, args, args.scale)
     with tempfile.TemporaryDirectory() as folder:
         model = args.model or str(random_model(Path(folder) / "model"))
         with _server(Path(__file__).resolve().parents[1], model, ["--kv-cache-memory-bytes", "512MiB"]) as server:
@@ -134,10 +134,10 @@ def compare(real: Sequence[Sample], cost: Cost) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _arrivals(path: Path, args: argparse.Namespace) -> list[Arrival]:
+def _arrivals(path: Path, args: argparse.Namespace, scale: float) -> list[Arrival]:
     """The trace's first requests, shorter for the small model, at the wanted rate."""
     _, arrivals = read_trace(path, args.requests)
-    arrivals = load.fitted(arrivals, args.scale, MAX_PROMPT, MAX_OUTPUT)
+    arrivals = load.fitted(arrivals, scale, MAX_PROMPT, MAX_OUTPUT)
     span = max(arrivals[-1].at_s, 1e-9)
     return load.faster(arrivals, args.rate * span / len(arrivals))
 

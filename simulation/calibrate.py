@@ -17,6 +17,7 @@ gateway.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import urllib.error
 import urllib.request
@@ -36,6 +37,7 @@ TIMEOUT_S = 10.0
 MAX_REQUESTS = 1000  # as many as /dashboard/requests gives at once
 MIN_REQUESTS = 20
 HELD_OUT = 5  # every fifth
+MIN_STRETCH = 6  # tokens between two marks, below which the wait for a step under way is too much of it
 SLOWDOWNS = tuple(1.0 + 0.05 * i for i in range(41))
 
 
@@ -259,9 +261,10 @@ def _decodes(walked: Sequence[Walked]) -> Steps:
     steps = Steps([], [], [], [])
     prefilling = sorted((w.prefill_at, w.first_at) for w in walked)
     for i, one in enumerate(walked):
-        # The first stretch holds the hand-over: it begins where decode began.
-        for (since, had), (until, has) in zip(one.tokens[1:], one.tokens[2:], strict=False):
-            if has <= had or until <= since:
+        # From where decode began, with the first token known, over the marks, to the end.
+        points = [(one.transferred_at, 1), *one.tokens[1:], (one.end_at, one.output)]
+        for (since, had), (until, has) in itertools.pairwise(points):
+            if has - had < MIN_STRETCH or until <= since:
                 continue
             batch = context = 0.0
             for other in walked:
