@@ -108,10 +108,11 @@ def run(args: argparse.Namespace) -> int:
     slo = slo_of(args.slo)
     arrivals = arrivals_of(args.trace, args.half)[: max(args.requests, FIRST_REQUESTS)]
     question = Question(tuple(arrivals), costs, slo, args.policy, args.scale, args.max_tokens, _prices(args.price), args.seed)
-    plans = every_plan(costs, args.gpus, _thresholds(args.thresholds))
+    thresholds = _thresholds(args.thresholds)
+    plans = every_plan(costs, args.gpus, thresholds[:1])
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(max(1, args.jobs), _begin, (question,)) as pool:
-        ranked, seen = halving(plans, question, pool)
+        ranked, seen = halving(plans, question, pool, thresholds[1:])
         curve = ratio_curve(ranked, question, args.gpus, pool) if args.html else []
     even = cheapest([j for j in seen if is_even(j.plan)], slo)
     best = cheapest(ranked, slo)
@@ -286,9 +287,11 @@ def rank(judged: Judged, slo: SloClass, margin: float = 0.0) -> tuple[bool, floa
     return True, -judged.attainment, judged.price_per_hour or judged.gpus
 
 
-def halving(plans: Sequence[Plan], question: Question, pool: Any) -> tuple[list[Judged], list[Judged]]:
-    """-> (those judged on the whole, best first; everything that was judged, on however much). 1:1 plans are compared to the end:
-    what they cost is what a plan is measured against."""
+def halving(
+    plans: Sequence[Plan], question: Question, pool: Any, thresholds: Sequence[int] = ()
+) -> tuple[list[Judged], list[Judged]]:
+    """-> (those judged on the whole, best first; the same in no order). 1:1 plans are compared to the end: what they cost is what a
+    plan is measured against. thresholds: tried on what is left at the end, where they matter less than sizes do."""
     seen: dict[Plan, Judged] = {}
     left = list(plans)
     num_requests = min(FIRST_REQUESTS, len(question.arrivals))
@@ -305,6 +308,8 @@ def halving(plans: Sequence[Plan], question: Question, pool: Any) -> tuple[list[
         even = [j for j in judged if is_even(j.plan) and j not in kept][: max(3, len(kept) // 4)]
         left = [j.plan for j in (*kept, *even)]
         num_requests = min(len(question.arrivals), int(num_requests * GROWTH))
+        if num_requests == len(question.arrivals):
+            left += [plan._replace(threshold=threshold) for plan in left[:NUM_SHOWN] for threshold in thresholds]
 
 
 def is_even(plan: Plan) -> bool:
