@@ -40,6 +40,7 @@ FIRST_REQUESTS = 400  # of the first, shortest piece
 GROWTH = 3.0  # each piece is so much longer than the one before
 KEEP = 1 / 3  # of the plans after a piece
 NUM_SHOWN = 5
+NUM_REFINED = 6  # of the best after a piece: their neighbours are tried, too
 MAX_PLANS = 2000
 WARM_SHARE = 0.15  # of a piece's requests at each end that are not judged: pools fill and drain there
 
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     plans = every_plan(costs, args.gpus, thresholds[:1])
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(max(1, args.jobs), _begin, (question,)) as pool:
-        ranked, seen = halving(plans, question, pool, thresholds[1:])
+        ranked, seen = halving(plans, question, pool, args.gpus, thresholds[1:])
         curve = ratio_curve(ranked, question, args.gpus, pool) if args.html else []
     even = cheapest([j for j in seen if is_even(j.plan)], slo)
     best = cheapest(ranked, slo)
@@ -195,13 +196,13 @@ def _thresholds(text: str) -> tuple[int, ...]:
 
 
 def every_plan(costs: Sequence[Cost], gpus: int, thresholds: Sequence[int]) -> list[Plan]:
-    """All sizes of both pools that fit, a few totals for each pair of kinds: 1, 7/8, 3/4, 5/8, ... of the GPUs, and every ratio
+    """All sizes of both pools that fit, for each pair of kinds a few totals: 1, 7/8, ... 1/4 of the GPUs, and every ratio
     in steps that leave about a dozen."""
     found = []
     for p, prefill in enumerate(costs):
         for d, decode in enumerate(costs):
             unit = max(prefill.gpus, decode.gpus)
-            for eighths in range(8, 0, -1):
+            for eighths in range(8, 1, -1):
                 total = gpus * eighths // 8
                 step = max(unit, unit * (total // unit // 12))
                 for share in range(unit, total - unit + 1, step):
@@ -288,7 +289,7 @@ def rank(judged: Judged, slo: SloClass, margin: float = 0.0) -> tuple[bool, floa
 
 
 def halving(
-    plans: Sequence[Plan], question: Question, pool: Any, thresholds: Sequence[int] = ()
+    plans: Sequence[Plan], question: Question, pool: Any, max_gpus: int, thresholds: Sequence[int] = ()
 ) -> tuple[list[Judged], list[Judged]]:
     """-> (those judged on the whole, best first; the same in no order). 1:1 plans are compared to the end: what they cost is what a
     plan is measured against. thresholds: tried on what is left at the end, where they matter less than sizes do."""
@@ -307,9 +308,22 @@ def halving(
         kept = judged[: max(8, int(len(judged) * KEEP))]
         even = [j for j in judged if is_even(j.plan) and j not in kept][: max(3, len(kept) // 4)]
         left = [j.plan for j in (*kept, *even)]
+        near = (plan for j in kept[:NUM_REFINED] for plan in neighbours(j.plan, question.costs, max_gpus))
+        left += [plan for plan in dict.fromkeys(near) if plan not in seen]
         num_requests = min(len(question.arrivals), int(num_requests * GROWTH))
         if num_requests == len(question.arrivals):
             left += [plan._replace(threshold=threshold) for plan in left[:NUM_SHOWN] for threshold in thresholds]
+
+
+def neighbours(plan: Plan, costs: Sequence[Cost], max_gpus: int) -> list[Plan]:
+    """A worker less or more of each role: the grid of `every_plan` is coarse."""
+    found = []
+    for p, d in ((-1, 0), (0, -1), (-1, -1), (-1, 1), (1, -1), (1, 0), (0, 1)):
+        prefill, decode = plan.prefill + p, plan.decode + d
+        gpus = prefill * costs[plan.prefill_cost].gpus + decode * costs[plan.decode_cost].gpus
+        if prefill > 0 and decode > 0 and gpus <= max_gpus:
+            found.append(plan._replace(prefill=prefill, decode=decode))
+    return found
 
 
 def is_even(plan: Plan) -> bool:
