@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"flood: {f['victim_offered']} requests of the quiet tenant beside {f['flooder_offered']}, refused {f['victim_refused']}; "
         f"p99 TTFT {f['ttft_p99_s']:.3f} s, alone {f['ttft_p99_alone_s']:.3f} s: x{f['ratio']:.2f} (goal <= 1.3, 0 refused)\n"
         f"Retry-After: {r['came_back']} came back, {r['admitted_at_once']:.1%} let in at once (goal >= 90 %); told to "
-        f"wait {r['median_wait_s']:.1f} s, first feasible {r['median_feasible_s']:.1f} s, x{r['ratio']:.2f} (goal <= 1.5; {r['probed']} probed)"
+        f"wait {r['median_told_of_probed_s']:.1f} s, first feasible {r['median_feasible_s']:.1f} s, x{r['ratio']:.2f} "
+        f"(goal <= 1.5; {r['probed']} probed)"
     )
     return found
 
