@@ -10,7 +10,7 @@ TTFT
    within 1.3 times of what it sees alone on the same workers.
 3. A burst, and clients that come back when they are told: how many are let in at once, and how long they were told to wait against
 the
-   first time at which they could have been let in without displacing those who were told an earlier one.
+   first time at which there was room for them behind those refused before them (simulation/probes.py).
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def retry_after(capacity: float, args: argparse.Namespace) -> dict[str, Any]:
     arrivals = some(
         lambda at: capacity * (3.0 if begin <= at < end else 0.6), 3 * capacity, args.seconds, ("a", "b"), random.Random(args.seed)
     )
-    probes = Probes()
+    mean_prompt = sum(a.prompt_tokens for a in arrivals) / len(arrivals)
+    probes = Probes(capacity * mean_prompt, SLO.ttft_s)
     simulation = Simulation(
         setup_for(of({"a": 1.0, "b": 1.0}), args.seed, retries=True), arrivals, policies.scheduler_for("tandem"), watch=probes
     )
