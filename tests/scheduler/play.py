@@ -76,9 +76,8 @@ class Play:
     def _beat(self) -> None:
         for worker in list(self.scheduler.workers.values()):
             running = tuple((r, e.epoch) for r, e in (*worker.entries.items(), *worker.prefills.items()))
-            self.scheduler.heartbeat(
-                WorkerBeat(worker.incarnation, "ready", WorkerStats(num_free_blocks=worker.info.num_blocks)), self.now
-            ) if not running else setattr(worker, "last_beat_at", self.now)
+            free = worker.info.num_blocks - sum(e.num_blocks_now for e in worker.entries.values())
+            self.scheduler.heartbeat(WorkerBeat(worker.incarnation, "ready", WorkerStats(num_free_blocks=free), running), self.now)
         self.at(self.now + 0.5, self._beat)
 
     def submit(self, admit: Admit, output: int) -> bool:
