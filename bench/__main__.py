@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import http, kv, observing, scheduler, serve, startup
+from bench import capacity, fidelity, http, kv, observing, promises, scheduler, serve, simulator, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -20,6 +20,10 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("kv", kv),
         ("serve", serve),
         ("observing", observing),
+        ("capacity", capacity),
+        ("fidelity", fidelity),
+        ("simulator", simulator),
+        ("promises", promises),
         ("scheduler", scheduler),
     ):
         assert module.__doc__ is not None

@@ -3,8 +3,9 @@
 Formulas and parameters are those of the papers and code (../../shared/research/scheduling.md, section A, says which). What all
 of them share here, because the data plane is ours for everybody: a decode worker sets blocks aside before the prefill, so a
 placement needs one with room now; every prompt goes to a prefill worker while one is alive; prefixes are not moved between prefill
-workers (so Mooncake's hot-prefix replication never applies). With FCFS a request is dispatched as soon as a decode worker has room, as
-published. With EDF it is held back while the chosen prefill worker has one waiting, or no order but that of arrival could ever show.
+workers (so Mooncake's hot-prefix replication never applies). With FCFS a request is dispatched as soon as a decode worker has room,
+as published. With EDF it is held back while the chosen prefill worker has one waiting, or no order but that of arrival could ever
+show.
 """
 
 from __future__ import annotations
@@ -78,9 +79,7 @@ class Baseline:
     def _cached(self, admit: Admit, worker: WorkerState, matches: Mapping[str, int]) -> int:
         return min(matches.get(worker.incarnation, 0) * self.hash_len, admit.prompt_len - 1)
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         raise NotImplementedError
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
@@ -122,9 +121,7 @@ class RoundRobin(Baseline):
         after = [w for w in ordered if last is not None and _by_number(w) > _number(last)]
         return (after or ordered)[0]
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return self._next("prefill", workers)
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
@@ -160,9 +157,7 @@ class Random(Baseline):
         super().__init__(hash_len, holds_back)
         self._rng = rng or random.Random(0)
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return self._rng.choice(workers)
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
@@ -172,18 +167,15 @@ class Random(Baseline):
 class JoinShortestQueue(Baseline):
     """Fewest requests, waiting or running (splitwise-sim: `jsq`)."""
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return min(workers, key=lambda w: (len(w.prefills), w.incarnation))
 
 
 class TokenJsq(Baseline):
-    """Fewest tokens: prompt tokens that wait at a prefill worker, tokens of context at a decode worker (splitwise-sim: `token_jsq`)."""
+    """Fewest tokens: prompt tokens that wait at a prefill worker, tokens of context at a decode worker (splitwise-sim:
+    `token_jsq`)."""
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return min(workers, key=lambda w: (uncached_tokens(w), w.incarnation))
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
@@ -191,15 +183,14 @@ class TokenJsq(Baseline):
 
 
 class CacheAware(Baseline):
-    """SGLang's router: the shortest queue when loads are far apart; else the best match above a threshold; else the smallest tree."""
+    """SGLang's router: the shortest queue when loads are far apart; else the best match above a threshold; else the smallest
+    tree."""
 
     def __init__(self, hash_len: int, holds_back: bool = False) -> None:
         super().__init__(hash_len, holds_back)
         self._tree: Counter[str] = Counter()  # tokens that its approximate tree holds of each worker
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         loads = [len(w.prefills) for w in workers]
         low, high = min(loads), max(loads)
         if high - low > BALANCE_ABS_THRESHOLD and high > BALANCE_REL_THRESHOLD * low:
@@ -217,9 +208,7 @@ class Dynamo(Baseline):
     """Dynamo's KV router: max(active prefill blocks + new blocks - overlap credit, 0) + (active decode blocks + new ones), the
     least wins; prefill_load_scale and the credit of a block on the device are 1. Decode workers are asked without overlap."""
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         def cost(worker: WorkerState) -> tuple[float, str]:
             size = worker.info.layout.block_size
             new = admit.prompt_len - cached[worker.incarnation]
@@ -235,9 +224,7 @@ class LMetric(Baseline):
     """New prefill tokens times batch size (arXiv 2603.15202): nothing to tune. A prefill worker's batch is whoever is there; a
     decode worker computes no new tokens, so its batch alone decides."""
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         def product(worker: WorkerState) -> tuple[float, str]:
             new = uncached_tokens(worker) + admit.prompt_len - cached[worker.incarnation]
             return new * (len(worker.prefills) + 1), worker.incarnation
@@ -247,7 +234,8 @@ class LMetric(Baseline):
 
 class Mooncake(Baseline):
     """Algorithm 1 of Mooncake (FAST'25): least predicted TTFT = queue + prefill(length, prefix); a decode worker by least predicted
-    time between tokens; 429 when either is above its promise. The best prefix is never fetched from another worker (see the module)."""
+    time between tokens; 429 when either is above its promise. The best prefix is never fetched from another worker (see the
+    module)."""
 
     def __init__(
         self, hash_len: int, holds_back: bool = False, promise: Callable[[Admit], tuple[float, float]] | None = None
@@ -255,9 +243,7 @@ class Mooncake(Baseline):
         super().__init__(hash_len, holds_back)
         self._promise = promise or (lambda admit: (30.0, 0.1))
 
-    def choose_prefill(
-        self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float
-    ) -> WorkerState:
+    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return min(workers, key=lambda w: (_ttft_s(admit, w, cached, now), w.incarnation))
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:

@@ -68,7 +68,9 @@ def common(model: str, gpu: str, gpus: int, source: str) -> dict[str, Any]:
 def distserve(path: Path) -> list[dict[str, Any]]:
     """Coefficients in ms -> cost files."""
     found = []
-    source = "DistServe (LLMServe/DistServe@82831f1, Apache-2.0), simdistserve profile of an A100-80G; coefficients unchanged, ms to s"
+    source = (
+        "DistServe (LLMServe/DistServe@82831f1, Apache-2.0), simdistserve profile of an A100-80G; coefficients unchanged, ms to s"
+    )
     for model, sizes in json.loads(path.read_text()).items():
         name = model.removeprefix("facebook/")
         for gpus, fit in sizes.items():
@@ -86,8 +88,8 @@ def distserve(path: Path) -> list[dict[str, Any]]:
 
 
 def splitwise(path: Path) -> list[dict[str, Any]]:
-    """Rows of llama2-70b -> cost files. Prefill: least squares of relative residuals over prompts of one step alone in a batch; what
-    attention adds over longer contexts follows from the model's shape (2 L d n^2 of 2 P n + 2 L d n^2 operations). Decode: the
+    """Rows of llama2-70b -> cost files. Prefill: least squares of relative residuals over prompts of one step alone in a batch;
+    what attention adds over longer contexts follows from the model's shape (2 L d n^2 of 2 P n + 2 L d n^2 operations). Decode: the
     context's share from batches of one, the batch's share from larger ones."""
     found = []
     rows = [row for row in csv.DictReader(path.open()) if row["model"] == "llama2-70b"]
