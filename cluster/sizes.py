@@ -33,7 +33,7 @@ class Asking:
         self._asked_at = float("-inf")
         self._question: Any = None
 
-    def look(self, now: float) -> None:
+    def look(self, now: float, present: dict[str, int]) -> None:
         if self._question is not None:
             if self._question.done():
                 try:
@@ -49,7 +49,7 @@ class Asking:
             self._asked_at = now
             try:
                 actor = ray.get_actor(SCHEDULER[0], namespace=SCHEDULER[1])
-                self._question = actor.sizes.remote().future()
+                self._question = actor.sizes.remote(present).future()
             except Exception as error:  # not there yet
                 log.debug("no scheduler to ask: %s", error)
 
@@ -60,6 +60,6 @@ _asking = Asking()
 def policy(contexts: dict[Any, Any]) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
     """Serve's application-level autoscaling policy: DeploymentID -> replicas for every pool that has bounds."""
     now = time.monotonic()
-    _asking.look(now)
+    _asking.look(now, {which.name: context.target_num_replicas for which, context in contexts.items()})
     fresh = _asking.sizes if now - _asking.answered_at < STALE_S else {}
     return {which: fresh.get(which.name, context.target_num_replicas) for which, context in contexts.items()}, {}
