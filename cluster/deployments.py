@@ -76,10 +76,10 @@ class SchedulerActor:
         await self.address()
         return self._service.status(time.monotonic())
 
-    async def sizes(self) -> dict[str, int]:
-        """How many replicas each pool that follows its load should have, by the name of its deployment."""
+    async def sizes(self, present: dict[str, int]) -> dict[str, int]:
+        """How many replicas each pool that follows its load should have, by deployment. present: how many it has."""
         await self.address()
-        return self._sizes.wanted(self._service.scheduler, time.monotonic())
+        return self._sizes.wanted(self._service.scheduler, time.monotonic(), present)
 
     async def index_for(self, model: str, role: str, proposed: int) -> int:
         """A number for a new worker that no other one bears. Serve gives the ranks of replicas that went away to others."""

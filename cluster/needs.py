@@ -6,7 +6,7 @@ In the scheduler's process; `sizes.py` asks for it from Serve's, `pools.py` for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from cluster.sizes import deployment_name
 from configs.schema import Config
@@ -25,32 +25,40 @@ class Sizes:
         self._config = config
         self._promise = Promise(scheduler.ttft_target_s, scheduler.tpot_target_s)
         self._busy = Busy()
-        self._pools: dict[tuple[str, str], PoolSize] = {}  # (model, role)
-        self._names: dict[tuple[str, str], str] = {}
+        self._pools: dict[str, PoolSize] = {}  # by deployment
+        self._bounds: dict[str, tuple[str, str, Bounds]] = {}  # deployment -> model, role, bounds
         self._given: dict[tuple[str, str, int], float] = {}
         for i, one in enumerate(config.each()):
             for role in one.roles:
                 pool = one.pool(role)
                 if pool.fewest < pool.most:
-                    key = (one.served_name, role)
                     bounds = Bounds(pool.fewest, pool.most)
-                    self._pools[key] = PoolSize(bounds, pool.replicas, scheduler.scale_up_s, scheduler.scale_down_s)
-                    self._names[key] = deployment_name(one, role, i)
+                    self._bounds[deployment_name(one, role, i)] = (one.served_name, role, bounds)
 
-    def wanted(self, scheduler: Scheduler, now: float) -> dict[str, int]:
-        """Deployment -> replicas."""
+    def _pool(self, name: str, bounds: Bounds, present: int) -> PoolSize:
+        """It begins with the size that it has: this scheduler may be the successor of another one."""
+        if name not in self._pools:
+            config = self._config.scheduler
+            size = max(bounds.fewest, min(bounds.most, present))
+            self._pools[name] = PoolSize(bounds, size, config.scale_up_s, config.scale_down_s)
+        return self._pools[name]
+
+    def wanted(self, scheduler: Scheduler, now: float, present: Mapping[str, int]) -> dict[str, int]:
+        """Deployment -> replicas, for those whose present size is told."""
         busy = self._busy.look(scheduler.workers.values())
         waiting = waiting_in(scheduler)
         kept = kept_by(scheduler, now)
         found = {}
-        for (model, role), pool in self._pools.items():
+        for name, (model, role, bounds) in self._bounds.items():
+            if name not in present:
+                continue
             workers = [w for w in scheduler.workers.values() if w.info.model == model]
             queued, output = waiting.get(model, Waiting()), scheduler.costs.output(model)
             if role == "decode":
                 need = decode_need(workers, queued, output, self._promise, kept.tpot)
             else:
                 need = prefill_need(workers, queued, output, busy, self._promise, now, kept.ttft)
-            found[self._names[model, role]] = pool.observe(need, now)
+            found[name] = self._pool(name, bounds, present[name]).observe(need, now)
         return found
 
     def index_for(self, scheduler: Scheduler, model: str, role: str, proposed: int, now: float) -> int:

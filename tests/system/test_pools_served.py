@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import os
+import signal
 import threading
 import time
 import urllib.request
@@ -194,6 +196,12 @@ def test_a_pool_goes_from_one_to_three_and_back_under_a_step_load(tmp_path: Path
         assert len(set(decoding())) == 3
         time.sleep(5)
         assert all(w["ledger"]["decoding"] + w["ledger"]["prefilling"] for n, w in alive(running).items() if "decode" in n)
+        pid = running.pid_of("tandem:scheduler")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        running.wait(lambda: len(decoding()) == 3, 30, "everybody known to the scheduler's successor")
+        time.sleep(5)
+        assert len(decoding()) == 3, "whose first idea of the pool is not one worker"
         heavy.end()
         down_s = running.wait(lambda: len(decoding()) == 1, 120, "one decode worker again")
         time.sleep(2)
