@@ -55,7 +55,7 @@ EQUAL = 0.01  # relative: predictions that differ by less are equals, between wh
 LOOKAHEAD_SHARE = 0.1  # of the promised TTFT: how much work a prefill worker may have before it
 MIN_LOOKAHEAD_S, MAX_LOOKAHEAD_S = 0.02, 0.5
 MAX_PRESSURE = 4.0
-ROOM_FOR = 2.0  # requests like its own that a tenant with more than its share leaves room for on each decode worker
+ROOM_FOR = 4.0  # requests like its own that a tenant with more than its share leaves room for on each decode worker
 UNTRIED = 1.5  # how much slower than a prefill worker a decode worker is taken to prefill before it has shown it
 NUM_CANDIDATES = 4  # of each role that an explanation shows
 
@@ -368,7 +368,7 @@ class Joint:
         # What goes into its next step with others would only lose by waiting here.
         fits = rows.live[TOKENS] - rows.live[HEAD_TOKENS] + view.admit.prompt_len - prefills.cached <= rows.batch
         if self.keeps_short:
-            fits &= waiting < 1
+            fits, lookahead_s = waiting < 1, 0.0
         free = ((prefills.queue_s <= lookahead_s) | (waiting < 1) | fits) & can
         if free.any():
             return False
