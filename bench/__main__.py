@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import capacity, fidelity, http, kv, observing, promises, scheduler, serve, simulator, startup
+from bench import capacity, fairness, fidelity, http, kv, observing, promises, scheduler, serve, simulator, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("kv", kv),
         ("serve", serve),
         ("observing", observing),
+        ("fairness", fairness),
         ("capacity", capacity),
         ("fidelity", fidelity),
         ("simulator", simulator),
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         assert module.__doc__ is not None
         command = commands.add_parser(
             name,
-            help=module.__doc__.splitlines()[0],
+            help=module.__doc__.splitlines()[0].replace("%", "%%"),
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -88,6 +88,14 @@ class Buckets:
         if charge is not None:
             self.take(charge.tenant, spec, tokens - charge.tokens, now, 0.0 if was_served else -1.0)
 
+    def levels(self, now: float) -> dict[str, dict[str, float]]:
+        """tenant -> "requests", "tokens" -> what is left; only of those that were asked for lately."""
+        found: dict[str, dict[str, float]] = {}
+        for kind, known in (("requests", self._requests), ("tokens", self._tokens)):
+            for name, bucket in known.items():
+                found.setdefault(name, {})[kind] = bucket.level(now)
+        return found
+
     @staticmethod
     def _of(known: OrderedDict[str, Bucket], name: str, limit: float | None, now: float) -> Bucket | None:
         if limit is None:

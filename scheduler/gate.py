@@ -225,7 +225,8 @@ class Gate:
         spec = tenants.slo_class(terms.slo_class)
         model = spec.degrade_to_model
         allowed = tenants.tenant(admit.tenant).models
-        if model and model != admit.model and has_workers(self._pools.get(model)) and (allowed is None or model in allowed):
+        may_change = not admit.keeps_model and (allowed is None or model in allowed)
+        if model and may_change and model != admit.model and has_workers(self._pools.get(model)):
             found = self._try(msgspec.structs.replace(admit, model=model), tenants, terms, f"model={model}", now)
             if found is not None:
                 return found
