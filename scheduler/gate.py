@@ -25,7 +25,6 @@ from scheduler.buckets import Buckets, RetryBudget
 from scheduler.cost import CostBook
 from scheduler.fairness import Fairness
 from scheduler.forecast import Forecast, forecast, has_workers, work_ahead, work_of
-from scheduler.joint import View
 from scheduler.pace import Pace
 from scheduler.placement import Rules
 from scheduler.price import Price
@@ -33,6 +32,7 @@ from scheduler.queue import Item, Queue
 from scheduler.residuals import Residuals
 from scheduler.table import Pool
 from scheduler.terms import Terms, promised, terms_of
+from scheduler.view import View
 
 SHORT = 0.15  # of the promised TTFT: who would wait longer comes at a time when not everybody can be served
 SPARE = 1.15  # how much more than its work lies between two appointments: newcomers get something, too, and estimates err

@@ -12,9 +12,9 @@ from configs.schema import SchedulerConfig
 from configs.tenants import SloClass, Tenant, Tenants
 from protocol.messages import Progress
 from protocol.ticket import Ticket
-from scheduler.joint import View
 from scheduler.ledger import WorkerState
 from scheduler.scheduler import Scheduler
+from scheduler.view import View
 from tests.scheduler.play import ask, info, teach
 
 MODEL = "m"
