@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help=f"the first {QUICK_REQUESTS} requests, for tests and while tuning")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--state", type=Path, default=Path("capacity-state.json"), help="finished points (default: %(default)s)")
+    parser.add_argument("--report-only", action="store_true", help="compute nothing; tables of what the state file has")
     parser.add_argument("--doc", type=Path, help="write the tables between the marks in this page")
     parser.add_argument("--plot", type=Path, help="an SVG: goodput against offered load")
 
@@ -82,6 +83,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]
     state: dict[str, Any] = json.loads(args.state.read_text()) if args.state.exists() else {}
     started = time.perf_counter()
+    if args.report_only:
+        jobs = [job for job in jobs if job.key in state]
     todo = [job for job in jobs if job.key not in state]
     for job, found in _computed(todo, max(1, args.jobs)):
         state[job.key] = found
@@ -202,7 +205,7 @@ def best_baseline(points: dict[Job, dict[str, Any]], scenario: str) -> tuple[str
 def tables(points: dict[Job, dict[str, Any]]) -> str:
     """Markdown: one row per policy, one column per scenario; then what happens at twice the rate, then the goals."""
     scenarios = sorted({job.scenario for job in points})
-    chosen = list(dict.fromkeys(job.policy for job in points))
+    chosen = sorted({job.policy for job in points}, key=DEFAULT.index)
     at = {(job.policy, job.scenario): p for job, p in points.items()}
 
     def table(title: str, cell: Any) -> list[str]:

@@ -117,14 +117,17 @@ def run(args: argparse.Namespace) -> int:
         curve = ratio_curve(ranked, question, args.gpus, pool) if args.html else []
     even = cheapest([j for j in seen if is_even(j.plan)], slo)
     best = cheapest(ranked, slo)
+    as_good = as_good_as(best, [j for j in seen if is_even(j.plan)])
     rate = offered_rate(arrivals) * args.scale
     print(f"{len(plans)} plans, {len(arrivals)} requests at {rate:.2f}/s, {time.perf_counter() - started:.0f} s")
     print(_table(ranked[:NUM_SHOWN], costs))
     print(_verdict(best, even, costs, slo))
+    if best is not None and as_good is not None and as_good != even:
+        print(f"{saving(best, as_good) or 0.0:.0%} cheaper than {_named(as_good, costs)}, the cheapest 1:1 that keeps as much")
     found = {
         "rate_rps": rate, "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "attainment": slo.attainment},
         "plans": [_plain(j, costs) for j in ranked], "even": _plain(even, costs) if even else None,
-        "saving": saving(best, even), "curve": curve,
+        "saving": saving(best, even), "saving_at_equal_attainment": saving(best, as_good), "curve": curve,
     }  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -337,6 +340,12 @@ def cheapest(judged: Sequence[Judged], slo: SloClass) -> Judged | None:
     return min(feasible, key=lambda j: (j.price_per_hour or j.gpus, -j.attainment), default=None)
 
 
+def as_good_as(best: Judged | None, even: Sequence[Judged]) -> Judged | None:
+    """The cheapest 1:1 plan that keeps the promise for as many."""
+    found = [j for j in even if best is not None and j.attainment >= best.attainment - 0.001]
+    return min(found, key=lambda j: j.price_per_hour or j.gpus, default=None)
+
+
 def saving(best: Judged | None, even: Judged | None) -> float | None:
     """Share of the 1:1 plan's money that the best one saves."""
     if best is None or even is None:
@@ -410,8 +419,12 @@ def _verdict(best: Judged | None, even: Judged | None, costs: Sequence[Cost], sl
     if even is None:
         return "no 1:1 plan of one kind of worker keeps the promise at all within these GPUs"
     share = saving(best, even) or 0.0
-    name = costs[even.plan.prefill_cost].name
-    against = f"1:1, {even.plan.prefill} + {even.plan.decode} x {name}, {even.price_per_hour:.1f} an hour at {even.attainment:.1%}"
+    against = f"1:1, {_named(even, costs)}"
     if share <= 0:
         return f"nothing is cheaper than the cheapest {against}"
     return f"{share:.0%} cheaper than the cheapest {against}"
+
+
+def _named(judged: Judged, costs: Sequence[Cost]) -> str:
+    plan, name = judged.plan, costs[judged.plan.prefill_cost].name
+    return f"{plan.prefill} + {plan.decode} x {name} ({judged.price_per_hour:.1f} an hour, {judged.attainment:.1%})"

@@ -112,6 +112,7 @@ def test_capacity_is_resumed_and_written_into_the_page(tmp_path: Path, capsys: p
     page.write_text(f"before\n{capacity.BEGIN}\nold\n{capacity.END}\nafter\n")
     args = argparse.Namespace(
         traces=tmp_path, scenario="vtc", policy="tandem,join-shortest-queue", half="judge", quick=True, jobs=1, state=state,
+        report_only=False,
         doc=page, plot=picture,
     )  # fmt: skip
     found = capacity.run(args)
@@ -133,7 +134,16 @@ def test_capacity_is_resumed_and_written_into_the_page(tmp_path: Path, capsys: p
 
 def test_capacity_says_what_is_missing(tmp_path: Path) -> None:
     args = argparse.Namespace(
-        traces=None, scenario=None, policy="tandem", half="judge", quick=True, jobs=1, state=tmp_path / "s", doc=None, plot=None
+        traces=None,
+        scenario=None,
+        policy="tandem",
+        half="judge",
+        quick=True,
+        jobs=1,
+        state=tmp_path / "s",
+        doc=None,
+        plot=None,
+        report_only=False,
     )
     with pytest.raises(SystemExit, match="TANDEM_TRACES"):
         capacity.run(args)
