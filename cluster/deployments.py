@@ -17,7 +17,7 @@ from ray import serve
 from cluster.agent import new_gateway_id
 from cluster.group import config_here
 from cluster.life import WorkerLife, tell_failure
-from cluster.ray_process import keep_serve_inside, on_sigterm, set_title
+from cluster.ray_process import go_with_raylet, keep_serve_inside, on_sigterm, set_title
 from cluster.ray_ranks import RaySpawn
 from cluster.wire import SocketNetwork
 from configs.schema import Config
@@ -38,6 +38,7 @@ class SchedulerActor:
 
     def __init__(self, config_json: bytes, secret: bytes) -> None:
         set_title("scheduler")
+        go_with_raylet()
         self._config = config_here(config_json)
         self._secret = secret
         self._network: SocketNetwork | None = None
@@ -70,8 +71,8 @@ class SchedulerActor:
         return self._service.scheduler.status(time.monotonic())
 
 
-def scheduler_actor(config_json: bytes, secret: bytes) -> Any:
-    """The one scheduler of this cluster, made if there is none."""
+def scheduler_actor(config_json: bytes, secret: bytes, **more: Any) -> Any:
+    """The one scheduler of this cluster, made if there is none. more: options for Ray, such as where to make it."""
     options = {
         "name": SCHEDULER_NAME,
         "namespace": NAMESPACE,
@@ -81,6 +82,7 @@ def scheduler_actor(config_json: bytes, secret: bytes) -> Any:
         "max_task_retries": -1,
         "num_cpus": 0,
         "max_concurrency": 1000,
+        **more,
     }
     return ray.remote(SchedulerActor).options(**options).remote(config_json, secret)
 
@@ -118,6 +120,7 @@ class WorkerReplica:
         config = config_here(config_json)
         index = _replica_index()
         set_title(f"{role}:{index}")
+        go_with_raylet()
         keep_serve_inside(config.transfer.bind_host)
         network = SocketNetwork(f"{role}:{index}", secret, config.transfer.bind_host)
         find = SchedulerFinder(config_json, secret, network)
@@ -168,6 +171,7 @@ class GatewayReplica:
         config = config_here(config_json)
         index = _replica_index()
         set_title(f"gateway:{index}")
+        go_with_raylet()
         keep_serve_inside(config.transfer.bind_host)
         gateway_id = new_gateway_id(index)
         network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)

@@ -133,6 +133,9 @@ class Connection:
                 raise TandemError(f"a message of {len(body)} bytes is above the frame cap of {MAX_FRAME_BYTES}")
             self.close(f"a message of {len(body)} bytes is above the frame cap of {MAX_FRAME_BYTES}")
             return
+        if self._writer.transport.is_closing():  # it broke, and `_read` has not had its turn yet: uvloop would raise
+            self.close("it broke while something was being sent")
+            return
         self._writer.write(_HEADER.pack(len(body), kind, call_id) + body)
         if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.close(f"it left more than {MAX_UNSENT_BYTES} bytes unread")

@@ -299,7 +299,10 @@ class DecodeWorker:
             self._fail_step(chunks, error)
         acts, self._after_step = self._after_step, []
         for act in acts:
-            act()
+            try:
+                act()
+            except Exception:
+                log.exception("after a decode step")
 
     async def _execute(self, chunks: list[Chunk]) -> StepResult:
         copies = self._sequences.take_copies(chunks)

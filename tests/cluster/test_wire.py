@@ -223,3 +223,22 @@ async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch):
             if peer.is_closed:
                 break
         assert peer.is_closed
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_breaks_while_something_is_sent_closes_the_connection_and_raises_nothing(loop):
+    """uvloop's transport raises on a write after it broke, which may be before anybody has read that it did: an engine's step that
+    sends to a gateway that has just died must not notice."""
+
+    async def main() -> None:
+        async with pair() as (_, client, here, there):
+            peer = await here.connect(there.address)
+            peer._writer.transport.abort()  # as the loop does when the other side resets it, before `_read` runs
+            peer.send(Cancel("x"))
+            assert peer.is_closed
+            assert client.lost == [there.address]
+
+    if loop == "uvloop":
+        pytest.importorskip("uvloop").run(main())
+    else:
+        asyncio.run(main())
