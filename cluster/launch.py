@@ -99,6 +99,9 @@ def _with_absolute_path(config: Config) -> Config:
     if config.model.chat_template is not None:
         template = str(Path(config.model.chat_template).expanduser().resolve())
         config = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, chat_template=template))
+    if config.model.step_log is not None:
+        step_log = str(Path(config.model.step_log).expanduser().resolve())
+        config = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, step_log=step_log))
     path = Path(config.model.name).expanduser()
     if not path.is_dir() or config.model.name in ("bundled", "toy"):
         return config

@@ -28,6 +28,7 @@ from engine.blocks import BlockPool, OutOfBlocks
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
 from engine.step import Extras
+from engine.step_log import StepLog
 from engine.stopping import finish_reason
 from kvtransfer.receiving import GroupReceivers
 from protocol.errors import (
@@ -109,6 +110,7 @@ class DecodeWorker:
         self.last_token_at: float | None = None
         self._step_began_at = 0.0
         self._counts: dict[str, float] = defaultdict(float)
+        self.step_log: StepLog | None = None
         self.handover = Handover(
             settings.incarnation, settings.layout, pool, receivers, network, clock, secret, self._fail_transfer, self.wake
         )
@@ -314,7 +316,16 @@ class DecodeWorker:
             self._in_step = False
             self._sequences.copied(copies)
             self._counts["num_steps"] += 1
-            self._counts["step_s"] += self._clock() - self._step_began_at
+            seconds = self._clock() - self._step_began_at
+            self._counts["step_s"] += seconds
+            if self.step_log is not None:
+                self._log_step(self.step_log, chunks, seconds)
+
+    def _log_step(self, step_log: StepLog, chunks: list[Chunk], seconds: float) -> None:
+        jobs = ((self._sequences.job_of(chunk.sequence), chunk.num_tokens) for chunk in chunks)
+        tokens = [(job.request.request_id, number) for job, number in jobs if job is not None]
+        num_waiting = len(self._sequences.preempted) + self.handover.num_open
+        step_log.step(self._step_began_at, seconds, tokens, len(self._sequences.running), num_waiting, self.pool)
 
     def _fail_step(self, chunks: list[Chunk], error: Exception) -> None:
         failure = InternalError(f"a decode step failed ({type(error).__name__}); the worker's log has the details")

@@ -77,6 +77,9 @@ class BlockPool:
         self._free = bytearray(b"\x01" * num_blocks)  # 1: free and not cached; bytes, so that runs are found at C speed
         self._num_clear = num_blocks  # how many ones are in _free
         self._num_quarantined = 0
+        self.num_allocated = 0  # these three since the beginning
+        self.num_freed = 0  # by their last reference; into the cache or not
+        self.num_evicted = 0
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()  # oldest first
@@ -226,6 +229,7 @@ class BlockPool:
             assert self._refs[block] > 0, f"block {block} is released once too often ({self._states[block].value})"
             self._refs[block] -= 1
             if self._refs[block] == 0:
+                self.num_freed += 1
                 if block in self._hash_of:
                     self._evictable[block] = None
                 else:
@@ -267,6 +271,7 @@ class BlockPool:
 
     def _evict_oldest(self) -> tuple[int, bytes]:
         block, _ = self._evictable.popitem(last=False)
+        self.num_evicted += 1
         block_hash = self._hash_of.pop(block)
         del self._block_of[block_hash]
         if block_hash in self._added:
@@ -292,6 +297,7 @@ class BlockPool:
         for block in taken:
             self._states[block] = state
             self._refs[block] = 1
+        self.num_allocated += len(taken)
         return taken
 
     def _run_len(self, start: int, longest: int) -> int:

@@ -23,6 +23,7 @@ from engine.prefix import attach_prefix, seal_full_blocks
 from engine.runner import ModelRunner, StepResult
 from engine.sampler import Sample
 from engine.step import Extras
+from engine.step_log import StepLog
 from engine.stopping import finish_reason
 from kvtransfer.group import Connector
 from kvtransfer.transport import Sender
@@ -140,6 +141,7 @@ class PrefillWorker:
         self.is_draining = False
         self.last_token_at: float | None = None
         self._counts: dict[str, float] = defaultdict(float)
+        self.step_log: StepLog | None = None
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
@@ -324,12 +326,14 @@ class PrefillWorker:
         """Plan, run, emit. Whatever goes wrong fails the prompts of this step, and the loop goes on (R11)."""
         self._admit()
         in_step = list(self._active)
+        tokens: list[tuple[str, int]] = []
         started = self._clock()
         try:
             planned = plan([job.sequence for job in in_step], self.settings.max_num_batched_tokens)
             jobs = {id(job.sequence): job for job in in_step}
             in_step = [jobs[id(sequence)] for sequence, _ in planned] or in_step
             chunks = [jobs[id(sequence)].chunk(num_tokens) for sequence, num_tokens in planned]
+            tokens = [(jobs[id(sequence)].request.request_id, number) for sequence, number in planned]
             pushes = [jobs[id(c.sequence)].completed_blocks(c) for c in chunks]
             self._in_step = True
             try:
@@ -342,7 +346,10 @@ class PrefillWorker:
             for job in in_step:
                 self._give_up(job, _step_failed(error))
         self._counts["num_steps"] += 1
-        self._counts["step_s"] += self._clock() - started
+        seconds = self._clock() - started
+        self._counts["step_s"] += seconds
+        if self.step_log is not None:
+            self.step_log.step(started, seconds, tokens, len(self._active), len(self._waiting), self.pool)
         self._act()
 
     def _extras(self, pushes: list[Push]) -> Extras:
