@@ -10,7 +10,7 @@ from typing import Any
 
 from api.convert import Job
 from api.tokenizer import Tokenizer
-from protocol.events import Finished, PromptScored, Timing, TokenLogprobs, Tokens, Usage
+from protocol.events import Finished, Placed, PromptScored, TokenLogprobs, Tokens, Usage
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
@@ -108,11 +108,13 @@ def sum_usage(finished: Iterable[Finished], prompt_only: bool) -> Usage:
     return Usage(prompt, completion, cached, resumptions)
 
 
-def metrics_of(timing: Timing, usage: Usage, num_choices: int) -> dict[str, Any]:
+def metrics_of(finished: Finished, usage: Usage, num_choices: int) -> dict[str, Any]:
     """The phases of one request in milliseconds. Generation runs from the first token to the last, the transfer included.
 
-    mean_itl_ms: between two tokens of one choice. tokens_per_second: of all choices together, while tokens came.
+    mean_itl_ms: between two tokens of one choice. tokens_per_second: of all choices together, while tokens came. degraded: what
+    was taken off to serve it, as in x-tandem-degraded; None for nothing.
     """
+    timing = finished.timing
     num_gaps = usage.completion_tokens - num_choices
     spent = timing.decode_s if num_gaps > 0 and timing.decode_s > 0 else timing.e2e_s
     counted = num_gaps if num_gaps > 0 and timing.decode_s > 0 else usage.completion_tokens
@@ -126,6 +128,7 @@ def metrics_of(timing: Timing, usage: Usage, num_choices: int) -> dict[str, Any]
         "mean_itl_ms": _ms(timing.decode_s * num_choices / num_gaps) if num_gaps > 0 else None,
         "tokens_per_second": round(counted / spent, 3) if spent > 0 else None,
         "resumptions": usage.num_resumptions,
+        "degraded": finished.degraded or None,
     }
 
 
@@ -142,32 +145,36 @@ class WholeAnswer:
         self._choices = [_Choice() for _ in range(len(job.requests) * job.num_choices)]
         self._scored: dict[int, tuple[TokenLogprobs | None, ...]] = {}
         self._finished: dict[int, Finished] = {}
+        self.placed: list[Placed] = []
 
     @property
     def is_complete(self) -> bool:
         return len(self._finished) == len(self._job.requests)
 
-    def add(self, prompt: int, event: Tokens | PromptScored | Finished) -> None:
+    def add(self, prompt: int, event: Placed | Tokens | PromptScored | Finished) -> None:
         if isinstance(event, Tokens):
             self._choices[prompt * self._job.num_choices + event.choice].add(event)
         elif isinstance(event, PromptScored):
             self._scored[prompt] = event.logprobs
+        elif isinstance(event, Placed):
+            self.placed.append(event)
         else:
             self._finished[prompt] = event
 
-    def body(self) -> dict[str, Any]:
+    def body(self, model: str = "") -> dict[str, Any]:
+        """model: that answered, where it is not the one that was asked for."""
         job = self._job
         usage = sum_usage(self._finished.values(), job.prompt_only)
         response: dict[str, Any] = {
             "id": job.response_id,
             "object": "chat.completion" if job.is_chat else "text_completion",
             "created": job.created,
-            "model": job.model,
+            "model": model or job.model,
             "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
             "usage": usage_of(usage),
         }
         if len(job.requests) == 1:
-            response["metrics"] = metrics_of(self._finished[0].timing, usage, job.num_choices)
+            response["metrics"] = metrics_of(self._finished[0], usage, job.num_choices)
             if job.is_chat and job.shows_prompt_logprobs:
                 response["prompt_logprobs"] = self._scribe.prompt(self._scored.get(0, ()))
             if job.is_chat and job.return_token_ids:

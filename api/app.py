@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+from collections.abc import Mapping
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -17,9 +18,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import authenticator
+from api.auth import Doorkeeper, authenticator
 from api.backend import Backend, Settings
 from api.errors import MethodNotAllowed, RouteNotFound, error_response
+from api.notices import add_notice_routes
 from api.observe import add_observation_routes
 from api.operations import add_operation_routes
 from api.routes import CLIENT_GONE, Service, add_openai_routes
@@ -30,33 +32,43 @@ from protocol.errors import InternalError, InvalidRequest, TandemError
 log = logging.getLogger(__name__)
 
 
-def build_app(backend: Backend, tokenizer: Tokenizer, settings: Settings | None = None) -> FastAPI:
-    """Every route of DESIGN's endpoint. The app holds no loop and no connection until it is called."""
+def build_app(backend: Backend, tokenizer: Tokenizer | Mapping[str, Tokenizer], settings: Settings | None = None) -> FastAPI:
+    """Every route of DESIGN's endpoint. The app holds no loop and no connection until it is called.
+
+    tokenizer: of every model, or one for each, by the name under which its workers register it.
+    """
     settings = settings or Settings()
+    keeper = Doorkeeper(settings, backend.tenants)
     app = FastAPI(
         title="Tandem",
         version=settings.version,
-        dependencies=[Depends(authenticator(settings))],
+        dependencies=[Depends(authenticator(keeper))],
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
         openapi_url=None,  # served by a route of ours, behind the key
         redirect_slashes=False,
     )
-    service = Service(backend, tokenizer, settings)
+    service = Service(backend, tokenizer, settings, keeper)
     app.state.service = service
     add_openai_routes(app, service)
     add_observation_routes(app, service)
     add_operation_routes(app, service)
+    add_notice_routes(app, service)
     _add_error_handlers(app)
-    app.add_middleware(Edge)
+    app.add_middleware(Edge, names_answers=not settings.proxy_names_requests)
     return app
 
 
 class Edge:
-    """The outermost layer of ours: gives every answer its X-Request-Id, and turns what nobody caught into a 500."""
+    """The outermost layer of ours: gives every answer its X-Request-Id, and turns what nobody caught into a 500.
 
-    def __init__(self, app: ASGIApp) -> None:
+    names_answers: false behind a proxy that gives every request a name and puts it on the answer itself; two headers of one name
+    would be one value, "a, a", for a browser.
+    """
+
+    def __init__(self, app: ASGIApp, names_answers: bool = True) -> None:
         self._app = app
+        self._names_answers = names_answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -71,7 +83,8 @@ class Edge:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                if self._names_answers:
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         try:

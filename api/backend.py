@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from configs.tenants import DEFAULT_TENANT, Tenants
 from protocol.events import Event
 from protocol.request import Request
 
@@ -38,9 +39,12 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How the HTTP side behaves. Durations in seconds.
 
-    api_keys: SHA-256 (hex) of each key -> its tenant; empty: no key is asked for. operators: the tenants that may see
-    everybody's figures; empty: every key may. salt_secret: the cluster's, so that
-    every gateway salts a tenant's prefix blocks alike. promise_*: what the dashboard measures against.
+    api_keys: SHA-256 (hex) of each key that does not come from the tenants file -> its tenant; without any key here or there none
+    is asked for. operators: of these tenants, those that may see everybody's figures; empty: every one may. salt_secret: the
+    cluster's, so that every gateway salts a tenant's prefix blocks alike. proxy_names_requests: whoever stands in front puts
+    X-Request-Id on answers already, as Ray Serve's proxy does. priority_crosses_tenants: the queue goes by priorities before it
+    looks at tenants (scheduler.policy priority), so that nobody may name one above the others'. promise_*: what the dashboard
+    measures against.
     """
 
     api_keys: dict[str, str] = {}
@@ -53,16 +57,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     slow_client_timeout_s: float = 60.0
     max_sequences: int = 256  # prompts x n of one HTTP request
     not_ready_retry_s: float = 2.0  # how long a probe should wait before it asks again
+    priority_crosses_tenants: bool = False
+    proxy_names_requests: bool = False
     promise_ttft_s: float = 1.0
     promise_tpot_s: float = 0.1
 
     def cache_salt(self, tenant: str, client_salt: str = "") -> str:
         """What keeps this tenant's prefix blocks apart. A client may divide its own blocks further, never reach
         others'."""
-        if not self.api_keys and not client_salt:
+        if tenant == DEFAULT_TENANT and not self.api_keys and not client_salt:
             return ""
         message = tenant.encode() + b"\0" + client_salt.encode()
         return hmac.new(self.salt_secret, message, hashlib.sha256).hexdigest()[:32]
+
+
+class InForce(msgspec.Struct, frozen=True):
+    """The tenants file as this gateway goes by it. version: "" where the cluster has none, which leaves one tenant of one class."""
+
+    tenants: Tenants
+    version: str = ""
 
 
 def hash_api_key(key: str) -> str:
@@ -81,6 +94,10 @@ class Backend(Protocol):
         ...
 
     def models(self) -> list[ModelCard]: ...
+
+    def tenants(self) -> InForce:
+        """Who may come in, and for what. Raises Overloaded (503) while that is not known."""
+        ...
 
     def is_ready(self) -> bool: ...
 
@@ -102,8 +119,14 @@ class Backend(Protocol):
         "snapshot": now (unix), promise, status (as above), sla {window_s, rows (scheduler.sla.Sla.rows)},
         pools {queue, workers, links}, series {step_s, point, history}, events. "tick": the same without series.history.
         "requests" (tenant, state, limit): {requests}, newest first. "request" (request_id): {request, timeline, why};
-        raises NotFound. "sla" (window_s): {window_s, rows}.
+        raises NotFound. "decision" (request_id): what `cluster/explain.py` describes; raises NotFound. "sla" (window_s):
+        {window_s, rows}.
         """
+        ...
+
+    async def notice(self, worker: str, seconds: float) -> tuple[str, ...]:
+        """The machine of this worker (or this host) goes away in so many seconds: its workers drain. -> who was told. Raises
+        NotFound."""
         ...
 
     async def metrics(self) -> str:

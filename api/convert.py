@@ -1,6 +1,7 @@
 """A checked body becomes protocol Requests and a note of how to answer it. The only way from HTTP into the cluster.
 
-Nothing of a body crosses that is not named here: no hand-off field, no priority, no tenant (truth rule R7).
+Nothing of a body crosses that is not named here: no hand-off field, no tenant (truth rule R7). Class, promise and priority are
+`rights.py`'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """protocol.errors as HTTP: one envelope for everything, in OpenAI's shape.
 
 `{"error": {"message", "type", "param", "code"}}`, Retry-After in whole seconds, and x-should-retry, which OpenAI's
-clients obey. An exception that is not ours never shows its text: it may hold a prompt.
+clients obey. What the scheduler refused has the reason besides, as `reason` and as x-tandem-refusal. An exception that is not ours
+never shows its text: it may hold a prompt.
 """
 
 from __future__ import annotations
@@ -24,14 +25,6 @@ class BodyTooSlow(InvalidRequest):
     code: ClassVar[str | None] = "request_timeout"
 
 
-class Forbidden(InvalidRequest):
-    """403: the key is good, and not for this."""
-
-    http_status: ClassVar[int] = 403
-    code: ClassVar[str | None] = "forbidden"
-    error_type: ClassVar[str] = "permission_error"
-
-
 class RouteNotFound(InvalidRequest):
     http_status: ClassVar[int] = 404
     code: ClassVar[str | None] = "unknown_url"
@@ -50,14 +43,8 @@ class MethodNotAllowed(InvalidRequest):
 
 
 def error_body(error: TandemError) -> dict[str, Any]:
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.error_type,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
+    told = {"message": error.message, "type": error.error_type, "param": error.param, "code": error.code}
+    return {"error": {**told, "reason": error.reason} if error.reason else told}
 
 
 def error_headers(error: TandemError) -> dict[str, str]:
@@ -66,6 +53,8 @@ def error_headers(error: TandemError) -> dict[str, str]:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     if error.http_status >= _FIRST_RETRIED_STATUS:
         headers["x-should-retry"] = "true" if error.retryable else "false"
+    if error.reason:
+        headers["x-tandem-refusal"] = error.reason
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     return headers

@@ -58,6 +58,12 @@ def add_observation_routes(app: FastAPI, service: Service) -> None:
         except NotFound as error:
             raise RequestNotFound(error.message, param="request_id") from None
 
+    async def decision(request_id: str) -> Response:
+        try:
+            return json_response(await _asked(service, "decision", request_id=request_id[:128]), headers=NO_STORE)
+        except NotFound as error:
+            raise RequestNotFound(error.message, param="request_id") from None
+
     async def sla(http: HttpRequest) -> Response:
         return await _report(service, http, http.query_params.get("format", "json"))
 
@@ -69,6 +75,7 @@ def add_observation_routes(app: FastAPI, service: Service) -> None:
         ("/dashboard/live", dashboard_live),
         ("/dashboard/requests", requests),
         ("/dashboard/requests/{request_id:path}", request),
+        ("/admin/decisions/{request_id:path}", decision),
         ("/admin/sla", sla),
         ("/admin/sla.csv", sla_csv),
     ):

@@ -29,6 +29,8 @@ ENDPOINTS = {
     "GET /metrics": "Prometheus, text format 0.0.4",
     "GET /dashboard": "promises per tenant, pools, requests, events, a playground",
     "GET /admin/sla": "promises and what was kept, per tenant: json, csv or md (also /admin/sla.csv)",
+    "GET /admin/decisions/{id}": "one decision of the scheduler: candidates, predictions, choice, what came true",
+    "POST /admin/workers/{name}/notice": 'its machine goes away: {"seconds": 30}',
     "GET /version": "",
     "GET /load": "",
     "GET /openapi.json": "",
@@ -43,11 +45,10 @@ def add_operation_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
-    tokenizer = service.tokenizer
-
     async def tokenize(http: HttpRequest) -> Response:
         body = validate(TokenizeBody, await read_json(http, service.settings))
-        card = find_model(body.model, service.backend.models())
+        cards, tokenizer = service.model_for(body.model, http.state.tenant)
+        card = find_model(body.model, cards)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("either prompt or messages is needed, and not both", param="prompt")
         if body.prompt is not None:
@@ -65,15 +66,16 @@ def _add_tokenizer_routes(app: FastAPI, service: Service) -> None:
 
     async def detokenize(http: HttpRequest) -> Response:
         body = validate(DetokenizeBody, await read_json(http, service.settings))
-        card = find_model(body.model, service.backend.models())
+        cards, tokenizer = service.model_for(body.model, http.state.tenant)
+        card = find_model(body.model, cards)
         size = max(card.vocab_size, tokenizer.vocab_size)
         for token in body.tokens:
             if not 0 <= token < size:
                 raise InvalidRequest(f"tokens: id {token} is outside the vocabulary [0, {size})", param="tokens")
         return json_response({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
-    async def tokenizer_info() -> Response:
-        return json_response(tokenizer.info())
+    async def tokenizer_info(model: str | None = None) -> Response:
+        return json_response(service.tokenizer_of(model).info())
 
     app.add_api_route("/tokenize", tokenize, methods=["POST"])
     app.add_api_route("/detokenize", detokenize, methods=["POST"])

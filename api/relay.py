@@ -9,23 +9,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from api.backend import Backend
-from protocol.errors import Failure, to_failure
+from protocol.errors import Failure, TandemError, to_failure
 from protocol.events import Event, Failed, Finished
 from protocol.request import Request
 
 log = logging.getLogger(__name__)
 
 MAX_BUFFERED = 1024  # events of one response that its client has not taken yet
+MAX_JUDGED = 3  # times; the tenants file changes seldom, and a request is refused rather than chased
 
 
 class Relay:
-    """The events of one HTTP request's prompts. `close()` is called exactly once, in a finally."""
+    """The events of one HTTP request's prompts. `close()` is called exactly once, in a finally.
 
-    def __init__(self, backend: Backend, requests: Sequence[Request], slow_client_timeout_s: float) -> None:
+    rejudge: the same request under the tenants file as it is now; asked when it changed before the request was admitted.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        requests: Sequence[Request],
+        slow_client_timeout_s: float,
+        rejudge: Callable[[Request], Request] = lambda request: request,
+    ) -> None:
         self._backend = backend
+        self._rejudge = rejudge
         self._slow_client_timeout_s = slow_client_timeout_s
         self._buffer: list[tuple[int, Event]] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -71,6 +82,22 @@ class Relay:
 
     async def _drain(self, prompt: int, request: Request) -> None:
         """Exactly one terminal event comes out, whatever the generator does."""
+        for again in reversed(range(MAX_JUDGED)):
+            last = await self._forward(prompt, request)
+            if last is None:
+                return
+            if not again or not isinstance(last, Failed) or last.failure.kind != "TenantsChanged":
+                break
+            try:
+                request = self._rejudge(request)
+            except TandemError as error:
+                last = Failed(to_failure(error))
+                break
+        assert last is not None
+        self._put(prompt, last)
+
+    async def _forward(self, prompt: int, request: Request) -> Finished | Failed | None:
+        """All but the last event go into the buffer. None: the client was cut off."""
         events = self._backend.generate(request)
         last: Finished | Failed | None = None
         try:
@@ -84,7 +111,7 @@ class Relay:
                     if len(self._buffer) >= MAX_BUFFERED and not await self._wait_for_room():
                         log.info("request %s: the client reads too slowly, cut off", request.request_id)
                         self.abandon()
-                        return
+                        return None
         except Exception as error:
             log.exception("request %s", request.request_id)
             last = last or Failed(to_failure(error))
@@ -95,7 +122,7 @@ class Relay:
         if last is None:
             log.error("request %s: its events ended without a last one", request.request_id)
             last = Failed(Failure("InternalError", "the answer broke off; the gateway's log has the details"))
-        self._put(prompt, last)
+        return last
 
     async def _wait_for_room(self) -> bool:
         self._room.clear()

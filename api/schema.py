@@ -62,7 +62,7 @@ class SamplingBody(BaseModel):
     return_token_ids: bool | None = None
     cache_salt: str | None = None
     request_id: str | None = None
-    priority: int | None = None  # checked and ignored: a client cannot choose its own place in the queue
+    priority: int | None = None  # lower is earlier, among the tenant's own requests (rights.py)
     user: str | None = None
 
 

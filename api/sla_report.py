@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 COLUMNS = (
-    "tenant", "class", "requests", "finished", "failed", "cancelled", "refused", "attainment", "target", "budget_left",
+    "tenant", "class", "requests", "finished", "failed", "cancelled", "degraded", "refused", "attainment", "target", "budget_left",
     "goodput_per_s", "ttft_p50_ms", "ttft_p95_ms", "ttft_p99_ms", "ttft_promise_ms", "tpot_p50_ms", "tpot_p95_ms", "tpot_p99_ms",
     "tpot_promise_ms", "input_tokens", "cached_tokens", "output_tokens", "cost", "refusal_reasons", "window_s",
 )  # fmt: skip
@@ -37,7 +37,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             row["tenant"],
             row["class"],
             str(row["requests"]),
-            reasons or "0",
+            (reasons or "0") + (f"; {row['degraded']} degraded" if row.get("degraded") else ""),
             f"{_percent(row['attainment'])} of {_percent(promise['attainment'])}",
             _percent(row["budget_left"]),
             f"{_times(row['ttft'])} of {1e3 * promise['ttft_s']:.0f} ms",
@@ -67,6 +67,7 @@ def _percent(share: float | None) -> str:
 
 def _flat(row: dict[str, Any], window_s: float) -> dict[str, Any]:
     flat: dict[str, Any] = {name: row[name] for name in ("tenant", "class", "requests", "finished", "failed", "cancelled", "cost")}
+    flat["degraded"] = row.get("degraded", 0)
     flat["refused"] = sum(row["refused"].values())
     flat["refusal_reasons"] = " ".join(f"{reason}={count}" for reason, count in sorted(row["refused"].items()))
     flat["attainment"] = _round(row["attainment"], 6)

@@ -25,7 +25,7 @@ from api.errors import error_body
 from api.relay import Relay
 from api.tokenizer import Tokenizer
 from protocol.errors import from_failure
-from protocol.events import Event, Failed, Finished, PromptScored, TokenLogprobs, Tokens, Usage
+from protocol.events import Event, Failed, Finished, Placed, PromptScored, TokenLogprobs, Tokens, Usage
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class ChunkEncoder:
             elif isinstance(event, Failed):
                 frames.append(b"event: error\ndata: " + _json(error_body(from_failure(event.failure))) + b"\n\n" + DONE)
                 self.is_done = True
-            else:
+            elif not isinstance(event, Placed):
                 assert isinstance(event, PromptScored)
                 self._scored[prompt] = event.logprobs
         return b"".join(frames)
@@ -123,7 +123,7 @@ class ChunkEncoder:
             usage = sum_usage(self._finished.values(), job.prompt_only)
             tail = b'[],"usage":' + _json(usage_of(usage))
             if len(job.requests) == 1:
-                tail += b',"metrics":' + _json(metrics_of(self._finished[0].timing, usage, job.num_choices))
+                tail += b',"metrics":' + _json(metrics_of(self._finished[0], usage, job.num_choices))
             frames.append(self._envelope + tail + b"}\n\n")
         frames.append(DONE)
         self.is_done = True

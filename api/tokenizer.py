@@ -7,6 +7,7 @@ gateway's detokenizer; one per process, safe to share between threads.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """With added tokens. The model's logits may be wider (padding) and are what ids are checked against."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that make the same ids of the same text and the same prompt of the same messages."""
+        template = self.chat_template.source if self.chat_template is not None else ""
+        parts = (self.backend.to_str(), json.dumps(self.special_tokens, sort_keys=True), template)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @cached_property
     def max_token_len(self) -> int:

@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import http, kv, observing, serve, startup
+from bench import fairness, http, kv, observing, serve, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("kv", kv),
         ("serve", serve),
         ("observing", observing),
+        ("fairness", fairness),
     ):
         assert module.__doc__ is not None
         command = commands.add_parser(

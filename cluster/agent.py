@@ -131,9 +131,10 @@ class Agent:
                 log.exception("a tick of %s failed", self.info.name)
 
 
-def new_incarnation(role: str, index: int) -> str:
-    """The name of one life of a worker; its identity, which no successor at the same address ever has."""
-    return f"{role}-{index}-{secrets.token_hex(6)}"
+def new_incarnation(role: str, index: int, prefix: str = "") -> str:
+    """The name of one life of a worker; its identity, which no successor at the same address ever has. prefix: "MODEL/" where there
+    are several."""
+    return f"{prefix}{role}-{index}-{secrets.token_hex(6)}"
 
 
 def new_gateway_id(index: int) -> str:

@@ -17,8 +17,11 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from cluster.deployments import GatewayReplica, WorkerReplica
-from configs.schema import Config, check
+from cluster.deployments import GatewayReplica, OverflowReplica, WorkerReplica
+from cluster.sizes import deployment_name
+from cluster.tenants_file import check_tenants
+from configs.check import check
+from configs.schema import Config, with_inherited
 from models.config import read_config
 from models.locate import locate
 from protocol.errors import ConfigError
@@ -28,14 +31,15 @@ ROLE_RESOURCES = {"prefill": "tandem_prefill", "decode": "tandem_decode"}
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Gateway -> (Decode, Prefill). Raises ConfigError."""
+    """Gateway -> (Decode, Prefill), and the same two for each further model. Raises ConfigError."""
     try:
-        config = msgspec.convert(args.get("config", {}), Config)
+        config = msgspec.convert(with_inherited(args.get("config", {})), Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"the application's config: {error}") from None
     if config.gateway.api_key is None and (key := os.environ.get("TANDEM_GATEWAY_API_KEY")):
         config = msgspec.structs.replace(config, gateway=msgspec.structs.replace(config.gateway, api_key=key))
     check(config)
+    check_tenants(config)
     secret = args.get("secret") or os.environ.get("TANDEM_CLUSTER_SECRET", "")
     if len(secret) < 16:
         raise ConfigError("no cluster secret of at least 16 characters: set TANDEM_CLUSTER_SECRET on every node")
@@ -44,7 +48,10 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(config: Config, secret: bytes) -> Application:
     config_json = msgspec.json.encode(config)
-    pools = [_workers(role, config).bind(role, config_json, secret, _rank_options(role, config)) for role in config.roles]
+    pools = []
+    for i, one in enumerate(config.each()):
+        pools += [_workers(role, one, i).bind(role, config_json, secret, _rank_options(role, one), i) for role in one.roles]
+    pools += [_overflow(config, i).bind(config_json, secret, i) for i in range(len(config.overflow))]
     gateway = serve.deployment(
         GatewayReplica,
         name="Gateway",
@@ -58,9 +65,9 @@ def application(config: Config, secret: bytes) -> Application:
     return gateway.bind(config_json, secret, *pools)
 
 
-def _workers(role: str, config: Config) -> Any:
-    """One deployment per role. A worker of several ranks has a placement group: a bundle for each stage, which holds the stage's
-    tensor ranks on one node; the first one also holds the replica itself, which is rank 0."""
+def _workers(role: str, config: Config, number: int = 0) -> Any:
+    """One deployment per role of a model, which is the number-th. A worker of several ranks has a placement group: a bundle for
+    each stage, which holds the stage's tensor ranks on one node; the first one also holds the replica itself, which is rank 0."""
     parallel, options = config.parallel(role), _rank_options(role, config)
     group: dict[str, Any] = {}
     if parallel.num_ranks > 1:
@@ -68,8 +75,8 @@ def _workers(role: str, config: Config) -> Any:
         group = {"placement_group_bundles": [stage] * parallel.pp_size, "placement_group_strategy": "PACK"}
     return serve.deployment(
         WorkerReplica,
-        name=role.capitalize(),
-        num_replicas=config.decode.replicas if role == "decode" else config.prefill.replicas,
+        name=deployment_name(config, role, number),
+        **_size(config, role),
         max_ongoing_requests=1000,
         max_constructor_retry_count=5,
         ray_actor_options=options,
@@ -78,6 +85,30 @@ def _workers(role: str, config: Config) -> Any:
         graceful_shutdown_timeout_s=config.scheduler.drain_s + GOING_S,
         **group,
     )
+
+
+def _overflow(config: Config, number: int) -> Any:
+    """One deployment per server, with one replica: what stands behind it is one queue, and a second would not know of it."""
+    return serve.deployment(
+        OverflowReplica,
+        name=f"Overflow-{number}",
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=config.scheduler.drain_s + GOING_S,
+    )
+
+
+def _size(config: Config, role: str) -> dict[str, Any]:
+    """How many replicas. A pool that follows its load has bounds and no policy of its own: the application's decides for all pools
+    together (`sizes.py`), with all the patience there is in it already."""
+    pool = config.pool(role)
+    if pool.fewest == pool.most:
+        return {"num_replicas": pool.replicas}
+    bounds = {"min_replicas": pool.fewest, "initial_replicas": pool.replicas, "max_replicas": pool.most}
+    return {"autoscaling_config": {**bounds, "upscale_delay_s": 0, "downscale_delay_s": 0}}
 
 
 def _rank_options(role: str, config: Config) -> dict[str, Any]:
@@ -94,7 +125,7 @@ def _computes_on_gpus(config: Config) -> bool:
     if config.model.device != "auto":
         return config.model.device == "cuda"
     has_gpus = ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0
-    return has_gpus and read_config(locate(config.model.name, config.model.revision)).family != "toy"
+    return has_gpus and any(read_config(locate(c.model.name, c.model.revision)).family != "toy" for c in config.each())
 
 
 def check_gpus(config: Config) -> None:

@@ -283,21 +283,20 @@ def worker_info(role: str, name: str, parts: Parts, others: Others) -> WorkerInf
         role=role,
         name=name,
         address=parts.network.address,
-        model=served_name(config),
+        model=config.served_name,
         layout=engine.layout,
         num_blocks=engine.pool.num_blocks,
         max_model_len=engine.max_model_len,
-        max_num_seqs=config.decode.max_num_seqs if role == "decode" else config.prefill.max_num_seqs,
+        max_num_seqs=config.pool(role).max_num_seqs,
+        max_num_batched_tokens=config.pool(role).max_num_batched_tokens,
+        price_per_hour=config.pool(role).price_per_hour,
+        is_spot=config.pool(role).is_spot,
         pid=os.getpid(),
         host=socket.gethostname(),
         device=str(engine.loaded.device),
         parallel=engine.loaded.shard.parallel,
         rank_pids=(os.getpid(), *pids),
     )
-
-
-def served_name(config: Config) -> str:
-    return config.model.served_name or config.model.name
 
 
 def canary(engine: Engine, worker: DecodeWorker | PrefillWorker, compute: Compute, clock: Clock) -> Callable[[], Awaitable[None]]:

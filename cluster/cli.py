@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import getpass
 import json
 import os
 import re
@@ -39,6 +40,7 @@ PACKAGES = (
     "cluster",
 )
 ROOT = Path(__file__).resolve().parents[1]
+MIN_KEY_LEN = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     serve = command("serve", run_serve, "Start a cluster on this machine with an OpenAI-compatible endpoint.")
     _add_options(serve)
+    deploy = command("deploy", run_deploy, "The same on a Ray cluster that is up already.")
+    deploy.add_argument("--print", dest="only_print", action="store_true", help="only print the file that `serve deploy` takes")
+    _add_options(deploy)
     config = command("config", None, "Look at the configuration.")
     config.set_defaults(run=lambda _: _help(config))
     inside = config.add_subparsers(metavar="COMMAND", title="commands")
@@ -115,6 +120,11 @@ def build_parser() -> argparse.ArgumentParser:
     trace.add_argument("request_id", metavar="REQUEST_ID", help="its X-Request-Id, or the id of /dashboard/requests")
     trace.add_argument("--json", action="store_true", help="as JSON")
     _add_place(trace)
+    explain = command("explain", run_explain, "One decision of the scheduler: candidates, predictions, choice, what came true.")
+    explain.add_argument("request_id", metavar="REQUEST_ID", help="its X-Request-Id, or the id of /dashboard/requests")
+    explain.add_argument("--json", action="store_true", help="as JSON")
+    _add_place(explain)
+    _add_tenants(command)
     sla = command("sla", None, "Promises and what was kept.")
     sla.set_defaults(run=lambda _: _help(sla))
     of_sla = sla.add_subparsers(metavar="COMMAND", title="commands")
@@ -146,6 +156,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_tenants(command: Any) -> None:
+    tenants = command("tenants", None, "The file of classes and tenants (--tenants FILE).")
+    tenants.set_defaults(run=lambda _: _help(tenants))
+    inside = tenants.add_subparsers(metavar="COMMAND", title="commands")
+    check = command("check", run_tenants_check, "Whether a file can be used: its line and the reason, or what is in it.", inside)
+    check.add_argument("file", metavar="FILE", help="YAML with classes and tenants")
+    command("hash-key", run_tenants_hash_key, "Reads a key from standard input, prints its line for the file.", inside)
+
+
 def _help(parser: argparse.ArgumentParser) -> int:
     parser.print_help()
     return 2
@@ -160,6 +179,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     layers.add_argument(
         "--set", dest="sets", metavar="KEY=VALUE", action="append", default=[], help="any key of `tandem config show`"
     )
+    layers.add_argument(
+        "--also",
+        metavar="MODEL[,KEY=VALUE...]",
+        action="append",
+        default=[],
+        help="a further model with pools of its own (once for each), such as `--also toy,decode.replicas=2`",
+    )
+    layers.add_argument(
+        "--overflow",
+        metavar="URL[,NAME=VALUE...]",
+        action="append",
+        default=[],
+        help="an OpenAI-compatible server that takes what the workers here cannot take in time, such as http://host:8000/v1,model=NAME",
+    )
     options = parser.add_argument_group("options, each another name of one key")
     for flag in FLAGS:
         _add_option(options, flag)
@@ -171,7 +204,7 @@ def _add_place(parser: argparse.ArgumentParser) -> None:
     for flag in FLAGS:
         if flag.key in ("gateway.host", "gateway.port", "gateway.api_key"):
             _add_option(parser, flag)
-    parser.set_defaults(model=None, preset=None, config=None, sets=[])
+    parser.set_defaults(model=None, preset=None, config=None, sets=[], also=[], overflow=[])
 
 
 def _add_option(group: Any, flag: Flag) -> None:
@@ -192,7 +225,7 @@ def _unknown_option(given: str, command: str | None) -> ConfigError:
     if name in ELSEWHERE:
         return ConfigError(f"{name}: {ELSEWHERE[name]}", param=name)
     known = [flag.flag for flag in FLAGS] + [flag.negative for flag in FLAGS if flag.negative]
-    known += ["--preset", "--config", "--set", "--json", "--help"]
+    known += ["--preset", "--config", "--set", "--also", "--overflow", "--json", "--help"]
     nearest = difflib.get_close_matches(name, known, 1, 0.6)
     hint = f"did you mean {nearest[0]}?" if nearest else f"`tandem {command or ''} --help` lists what there is".replace("  ", " ")
     what = "option" if name.startswith("-") else "argument"
@@ -204,7 +237,7 @@ def resolve(args: argparse.Namespace, env: dict[str, str] | None = None) -> Reso
     flags = {flag.key: getattr(args, flag.dest) for flag in FLAGS if getattr(args, flag.dest, None) is not None}
     if args.model is not None:
         flags["model.name"] = args.model
-    return load(args.preset, args.config, dict(os.environ) if env is None else env, flags, args.sets)
+    return load(args.preset, args.config, dict(os.environ) if env is None else env, flags, args.sets, args.also, args.overflow)
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -220,6 +253,17 @@ def run_serve(args: argparse.Namespace) -> int:
     from cluster.launch import run
 
     return run(resolved)
+
+
+def run_deploy(args: argparse.Namespace) -> int:
+    resolved = resolve(args)
+    check_nothing_shadows()
+    from cluster.preflight import examine
+
+    examine(resolved.config)
+    from cluster.deploy import run
+
+    return run(resolved, args.only_print)
 
 
 def run_config_show(args: argparse.Namespace) -> int:
@@ -258,6 +302,44 @@ def run_trace(args: argparse.Namespace) -> int:
     from cluster.trace_view import show
 
     return show(*_place(args), args.request_id, args.json)
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    from cluster.explain import show
+
+    return show(*_place(args), args.request_id, args.json)
+
+
+def run_tenants_check(args: argparse.Namespace) -> int:
+    from configs.tenants import read_file, version_of
+
+    found = read_file(args.file)
+    print(f"{args.file}: {len(found.classes)} classes, {len(found.tenants)} tenants, version {version_of(found)}")
+    for name, one in found.classes.items():
+        print(f"  class {name}: {one.ttft_s:g} s, {one.tpot_s:g} s a token, {one.attainment:.3%} of requests, band {one.band}")
+    unreachable = [name for name, one in found.tenants.items() if not one.api_keys and name != "default"]
+    if unreachable:
+        print(f"  note: without a key, so that nobody can come as one of them: {', '.join(unreachable)}")
+    if not any(one.api_keys for one in found.tenants.values()):
+        print("  note: no tenant has a key; without gateway.api_key everybody comes in, as `default`")
+    elif not any(one.is_operator for one in found.tenants.values()):
+        print("  note: no tenant is an operator; without gateway.api_key nobody sees /admin and the dashboard's figures")
+    return 0
+
+
+def run_tenants_hash_key(args: argparse.Namespace) -> int:
+    from configs.tenants import hash_key
+
+    key = getpass.getpass("key: ") if sys.stdin.isatty() else sys.stdin.readline()
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            "a key is one line of printable ASCII on standard input, such as: openssl rand -hex 24 | tandem tenants hash-key"
+        )
+    if len(key) < MIN_KEY_LEN:
+        raise ConfigError(f"a key of {len(key)} characters can be guessed; take at least {MIN_KEY_LEN}")
+    print(f"api_keys: [{hash_key(key)}]")
+    return 0
 
 
 def run_sla_report(args: argparse.Namespace) -> int:

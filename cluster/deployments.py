@@ -19,14 +19,14 @@ from cluster.group import config_here
 from cluster.life import WorkerLife, tell_failure
 from cluster.ray_process import go_with_raylet, keep_serve_inside, on_sigterm, set_title
 from cluster.ray_ranks import RaySpawn
+from cluster.sizes import SCHEDULER, Sizes
 from cluster.wire import SocketNetwork
 from configs.schema import Config
 from protocol.errors import WorkerLost
 
 log = logging.getLogger(__name__)
 
-NAMESPACE = "tandem"
-SCHEDULER_NAME = "tandem-scheduler"
+SCHEDULER_NAME, NAMESPACE = SCHEDULER
 START_TIMEOUT_S = 30.0
 
 
@@ -44,23 +44,27 @@ class SchedulerActor:
         self._network: SocketNetwork | None = None
         self._lock = asyncio.Lock()
         self._service: Any = None
+        self._sizes = Sizes(self._config)
 
     async def address(self) -> str:
         from cluster.history import promises_of
         from cluster.metrics import ClusterMetrics
         from cluster.scheduler_service import SchedulerService
+        from cluster.tenants_file import TenantsFile, reserved_keys
         from scheduler.scheduler import Scheduler
 
         async with self._lock:
             if self._network is None:
                 network = SocketNetwork("scheduler", self._secret, self._config.transfer.bind_host)
                 clock = time.monotonic  # uvloop rounds its own clock to milliseconds
+                path = self._config.scheduler.tenants_file
                 scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
                 self._service = SchedulerService(
                     scheduler,
                     network,
                     clock,
-                    ClusterMetrics(self._config.model.served_name or self._config.model.name, promises_of(self._config.scheduler)),
+                    ClusterMetrics(self._config.served_name, promises_of(self._config.scheduler)),
+                    TenantsFile(path, reserved_keys(self._config)) if path is not None else None,
                 )
                 await self._service.start()
                 self._network = network
@@ -68,7 +72,17 @@ class SchedulerActor:
 
     async def status(self) -> dict[str, Any]:
         await self.address()
-        return self._service.scheduler.status(time.monotonic())
+        return self._service.status(time.monotonic())
+
+    async def sizes(self) -> dict[str, int]:
+        """How many replicas each pool that follows its load should have, by the name of its deployment."""
+        await self.address()
+        return self._sizes.wanted(self._service.scheduler, time.monotonic())
+
+    async def index_for(self, model: str, role: str, proposed: int) -> int:
+        """A number for a new worker that no other one bears. Serve gives the ranks of replicas that went away to others."""
+        await self.address()
+        return self._sizes.index_for(self._service.scheduler, model, role, proposed, time.monotonic())
 
 
 def scheduler_actor(config_json: bytes, secret: bytes, **more: Any) -> Any:
@@ -116,17 +130,22 @@ class SchedulerFinder:
 class WorkerReplica:
     """One prefill or decode worker; the same class builds either role. What it does is a `life.WorkerLife`."""
 
-    async def __init__(self, role: str, config_json: bytes, secret: bytes, rank_options: dict[str, Any]) -> None:
-        config = config_here(config_json)
-        index = _replica_index()
-        set_title(f"{role}:{index}")
+    async def __init__(self, role: str, config_json: bytes, secret: bytes, rank_options: dict[str, Any], model: int = 0) -> None:
+        config = config_here(config_json).each()[model]
+        index = await _worker_index(role, config, config_json, secret)
+        name = f"{config.prefix}{role}:{index}"
+        set_title(name)
         go_with_raylet()
         keep_serve_inside(config.transfer.bind_host)
-        network = SocketNetwork(f"{role}:{index}", secret, config.transfer.bind_host)
-        find = SchedulerFinder(config_json, secret, network)
+
+        def renew() -> tuple[SocketNetwork, SchedulerFinder]:
+            network = SocketNetwork(name, secret, config.transfer.bind_host)
+            return network, SchedulerFinder(config_json, secret, network)
+
+        network, find = renew()
         parallel = config.parallel(role)
         spawn = RaySpawn(parallel, secret, rank_options) if parallel.num_ranks > 1 else None
-        self._life = WorkerLife(role, index, config, secret, network, find, spawn)
+        self._life = WorkerLife(role, index, config, secret, network, find, spawn, renew)
         on_sigterm(self._life.leave)
         await self._life.start()
 
@@ -141,6 +160,43 @@ class WorkerReplica:
         if life is not None:
             await life.drain()
             await life.close()
+
+
+class OverflowReplica:
+    """The worker in front of another server; see `overflow.py`."""
+
+    async def __init__(self, config_json: bytes, secret: bytes, number: int) -> None:
+        from cluster.overflow_life import OverflowLife
+
+        config = config_here(config_json)
+        name = f"overflow:{number}"
+        set_title(name)
+        keep_serve_inside(config.transfer.bind_host)
+        network = SocketNetwork(name, secret, config.transfer.bind_host)
+        find = SchedulerFinder(config_json, secret, network)
+        try:
+            self._life = OverflowLife(config, number, secret, network, find)
+            await self._life.start()
+        except Exception as error:
+            await tell_failure(network, find, name, "decode", "", error)
+            raise
+        loop = asyncio.get_running_loop()
+        on_sigterm(lambda: loop.call_soon_threadsafe(self._life.leave))
+
+    async def __del__(self) -> None:
+        life = getattr(self, "_life", None)
+        if life is not None:
+            await life.drain()
+            await life.close()
+
+
+async def _worker_index(role: str, config: Config, config_json: bytes, secret: bytes) -> int:
+    """Our rank among the pool's replicas; where pools grow and shrink, a number that the scheduler gives."""
+    rank, pool = _replica_index(), config.pool(role)
+    if pool.fewest == pool.most:
+        return rank
+    async with asyncio.timeout(START_TIMEOUT_S):
+        return int(await scheduler_actor(config_json, secret).index_for.remote(config.served_name, role, rank))
 
 
 def _replica_index() -> int:
@@ -158,7 +214,7 @@ def _observers(config: Config) -> list[Any]:
 
     from cluster.ray_metrics import RayMetrics
 
-    return [RayMetrics(config.model.served_name or config.model.name, metrics)]
+    return [RayMetrics(config.served_name, metrics)]
 
 
 @serve.ingress()
@@ -177,7 +233,7 @@ class GatewayReplica:
         network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)
         find = SchedulerFinder(config_json, secret, network)
         try:
-            self._door = Door(config, network, find, gateway_id, secret, _observers(config))
+            self._door = Door(config, network, find, gateway_id, secret, _observers(config), proxy_names_requests=True)
             await self._door.start()
         except Exception as error:
             await tell_failure(network, find, f"gateway:{index}", "gateway", "", error)

@@ -22,15 +22,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import msgspec
 
+from cluster.tenants_view import TenantsView
 from cluster.walk import Attempt, Detokenizer, PeerLost, Walk
 from engine.hashing import block_hashes
 from protocol.errors import (
+    CannotServe,
     DeadlineExceeded,
     Draining,
     HandshakeRefused,
     InternalError,
     ReservationRefused,
     TandemError,
+    TenantsChanged,
     TransferFailed,
     WorkerLost,
     from_failure,
@@ -43,12 +46,14 @@ from protocol.messages import (
     Cancel,
     GatewayBeat,
     Message,
+    OfferTenants,
     Ok,
     Outcome,
     Prefill,
     Progress,
     RequestFailed,
     Reserve,
+    TenantsVersion,
     TokenFrame,
     Withdraw,
 )
@@ -83,6 +88,8 @@ class Gateway:
     find_scheduler: where the scheduler listens now (it may have moved). detokenizer: makes one per choice of a request.
     seed: what the seeds of requests without one are drawn from, in the order in which they come to this gateway, beginning anew
     with it; None: from the system's randomness. observers: called with every request that ended; they must neither wait nor raise.
+    tenants: this gateway's copy of the tenants file; None: there is none. adapt: the request as another model takes it, None when
+    its tokens mean nothing to that one.
     """
 
     def __init__(
@@ -96,8 +103,12 @@ class Gateway:
         seed: int | None = None,
         timelines: bool = True,
         observers: Sequence[Callable[[Request, Outcome], None]] = (),
+        tenants: TenantsView | None = None,
+        adapt: Callable[[Request, str], Request | None] = lambda *_: None,
     ) -> None:
         self.gateway_id = gateway_id
+        self._tenants = tenants
+        self._adapt = adapt
         self.limits = limits or Limits()
         self._network = network
         self._find_scheduler = find_scheduler
@@ -128,8 +139,9 @@ class Gateway:
 
     # ---- the walk ------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: Request) -> AsyncIterator[Event]:
-        """Every event of one request; the last one, and only the last, is Finished or Failed.
+    async def generate(self, request: Request, tells_placed: bool = False) -> AsyncIterator[Event]:
+        """Every event of one request; the last one, and only the last, is Finished or Failed. tells_placed: Placed comes first even
+        where nothing was degraded.
 
         Closing the generator early means that the client is gone: all work on the request stops.
         """
@@ -145,6 +157,10 @@ class Gateway:
                 try:
                     async with self._in_time(walk):
                         ticket = await self._admit(walk)
+                    if walk.placed_event is not None and (tells_placed or ticket.degraded):
+                        told, walk.placed_event = walk.placed_event, None
+                        yield told
+                    async with self._in_time(walk):
                         grant = await self._reserve(walk, ticket)
                         await self._prefill(walk, ticket, grant)
                     while not walk.is_complete:
@@ -186,31 +202,50 @@ class Gateway:
         return DeadlineExceeded(f"the request took longer than {limit}", param="gateway.request_timeout_s")
 
     async def _admit(self, walk: Walk) -> Ticket:
-        request = walk.request
         walk.move(Phase.QUEUED)
-        ticket = await self._ask_scheduler(
-            Admit(
-                request_id=request.request_id,
-                model=request.model,
-                tenant=request.tenant,
-                slo_class=request.slo_class,
-                priority=request.priority,
-                prompt_len=request.prompt_len + walk.max_delivered,
-                max_tokens=max(1, (request.sampling.max_tokens or 1) - walk.max_delivered),
-                num_choices=request.sampling.n,
-                prefix_hashes=walk.prefix_hashes(_hashes),
-                excluded=tuple(walk.excluded),
-                resumption=walk.num_attempts > 0,
-                local_prefill=walk.needs_local_prefill,
-                last_epoch=walk.epoch,
-                deadline_s=min(self.limits.queue_timeout_s, max(0.0, self._seconds_left(walk))),
-                client_id=request.origin.client_id,
-            ),
-            self.limits.queue_timeout_s + CALL_TIMEOUT_S,
-        )
+        try:
+            ticket = await self._ask_scheduler(self._application(walk), self.limits.queue_timeout_s + CALL_TIMEOUT_S)
+        except TenantsChanged:  # whoever judged this request does so again, and finds the new file here
+            await self._refresh_tenants(walk.request.claim.tenants_version)
+            raise
         assert isinstance(ticket, Ticket)
         walk.begin(Attempt(ticket), self._clock())
+        if ticket.degraded:
+            walk.degrade(ticket, self._adapt)
         return ticket
+
+    def _application(self, walk: Walk) -> Admit:
+        request = walk.request
+        return Admit(
+            request_id=request.request_id,
+            model=request.model,
+            tenant=request.tenant,
+            slo_class=request.slo_class,
+            priority=request.priority,
+            prompt_len=request.prompt_len + walk.max_delivered,
+            max_tokens=max(1, (request.sampling.max_tokens or 1) - walk.max_delivered),
+            num_choices=request.sampling.n,
+            prefix_hashes=walk.prefix_hashes(_hashes),
+            excluded=tuple(walk.excluded),
+            resumption=walk.num_attempts > 0,
+            local_prefill=walk.needs_local_prefill,
+            last_epoch=walk.epoch,
+            deadline_s=min(self.limits.queue_timeout_s, max(0.0, self._seconds_left(walk))),
+            client_id=request.origin.client_id,
+            ttft_slo_s=request.claim.ttft_slo_s,
+            tpot_slo_s=request.claim.tpot_slo_s,
+            is_retry=request.claim.is_retry,
+            waited_s=max(0.0, self._clock() - walk.received_at),
+            keeps_model=self._keeps_model(request),
+            tenants_version=request.claim.tenants_version,
+        )
+
+    def _keeps_model(self, request: Request) -> bool:
+        """Whether the model that the request's class falls back to could not read its tokens."""
+        if self._tenants is None or self._tenants.is_missing:
+            return True
+        fallback = self._tenants.in_force().tenants.slo_class(request.slo_class).degrade_to_model
+        return fallback is None or self._adapt(request, fallback) is None
 
     async def _reserve(self, walk: Walk, ticket: Ticket) -> Grant:
         attempt = walk.attempt
@@ -267,6 +302,8 @@ class Gateway:
         if self._seconds_left(walk) <= 0:
             raise self._out_of_time() from error
         walk.blame(error)
+        if isinstance(error, CannotServe) and len(set(walk.excluded)) < len(walk.excluded):
+            raise error  # back at the same worker: there is no other
         if not isinstance(error, RETRYABLE) or walk.num_vain_attempts >= MAX_ATTEMPTS:
             raise error
         walk.timeline.resumed(error.message, self._clock())
@@ -284,6 +321,9 @@ class Gateway:
             self._cancel(walk)
         kind = "finished" if walk.phase is Phase.FINISHED else "failed" if failure is not None else "cancelled"
         self._leaving[request.request_id] = walk.epoch
+        if isinstance(failure, TenantsChanged):  # it has not ended: it comes again, under the same name
+            del self._leaving[request.request_id]
+            return
         told = (type(failure).__name__, failure.message) if failure is not None else ("", None)
         outcome = walk.outcome(Outcome, kind, told[0], self._clock(), told[1])
         task = self._tell_scheduler(outcome)
@@ -371,7 +411,27 @@ class Gateway:
         task.add_done_callback(self._telling.discard)
         return task
 
+    async def _refresh_tenants(self, stale: str) -> None:
+        """Best effort: the next beat says again what is in force."""
+        if self._tenants is None:
+            return
+        try:
+            await self._tenants.refresh(stale, self.ask)
+        except (TandemError, OSError) as error:
+            log.debug("tenants: %s", error)
+
+    async def _follow_tenants(self, peer: Peer, version: str) -> None:
+        """version: in force by the scheduler's word; "" when it was restarted and cannot use the file."""
+        if self._tenants is None or version == self._tenants.version:
+            return
+        if version:
+            await self._refresh_tenants(self._tenants.version)
+        elif self._tenants.document is not None:
+            await peer.call(OfferTenants(self._tenants.document), CALL_TIMEOUT_S)
+
     async def _keep_beating(self) -> None:
+        if self._tenants is not None and self._tenants.is_missing:
+            await self._refresh_tenants("")
         while True:
             await asyncio.sleep(BEAT_S)
             # With those whose outcome is still on its way: unnamed they would count as abandoned.
@@ -379,7 +439,10 @@ class Gateway:
             in_flight = (*walks, *self._leaving.items())
             try:
                 peer = await self._scheduler()
-                await peer.call(GatewayBeat(self.gateway_id, in_flight), CALL_TIMEOUT_S)
+                version = self._tenants.version if self._tenants is not None else ""
+                answer = await peer.call(GatewayBeat(self.gateway_id, in_flight, version), CALL_TIMEOUT_S)
+                if isinstance(answer, TenantsVersion):
+                    await self._follow_tenants(peer, answer.version)
             except (TandemError, OSError) as error:
                 log.debug("beat: %s", error)
             except Exception:  # a gateway that stops beating would be taken for dead, with all it holds

@@ -14,7 +14,9 @@ from typing import Any
 
 import msgspec
 
+from cluster.explain import explained, why_of
 from configs.schema import SchedulerConfig
+from configs.tenants import DEFAULT_TENANT, Tenants
 from protocol.errors import NotFound, TandemError
 from protocol.messages import Admit, AskHistory, Outcome, PairStats, Progress, WorkerStats
 from protocol.ticket import Ticket
@@ -103,8 +105,8 @@ class History:
         on_refused: Callable[[str, str, str], None] = lambda *_: None,
     ) -> None:
         config = scheduler.config
-        prices = Prices(config.input_price, config.cached_price, config.output_price)
-        self.sla = Sla(promises_of(config), prices, ("default",))
+        self._prices = Prices(config.input_price, config.cached_price, config.output_price)
+        self.sla = Sla(promises_of(config), self._prices, ("default",))
         self._on_refused = on_refused
         self.series = Series()
         self._scheduler = scheduler
@@ -115,6 +117,12 @@ class History:
         self._workers: dict[str, tuple[str, str]] = {}  # incarnation -> name, state, as last told of
         self._beats: dict[str, deque[tuple[float, WorkerStats]]] = {}
         self._knew_another: set[str] = set()  # incarnations that were registered with a scheduler before this one
+
+    def set_tenants(self, tenants: Tenants) -> None:
+        """The tenants file that is in force from now on: promises by class, prices by tenant (the cluster's where it has none)."""
+        own = {name: Prices(one.price.input, one.price.cached, one.price.output) for name, one in tenants.tenants.items()}
+        prices_of = {name: prices for name, prices in own.items() if prices != Prices()}
+        self.sla.set_table(promises_in(tenants), prices_of, tenants.tenants)
 
     # ---- what happens ------------------------------------------------------------------------------------------------
 
@@ -251,12 +259,14 @@ class History:
             return {"requests": self.requests(message.tenant, message.state, message.limit)}
         if message.what == "request":
             return self.request(message.request_id)
+        if message.what == "decision":
+            return self.decision(message.request_id)
         if message.what == "sla":
             return {"window_s": message.window_s, "rows": self.sla.rows(message.window_s, now)}
         return self.snapshot(message.window_s, message.what == "snapshot", now)
 
     def snapshot(self, window_s: float, with_history: bool, now: float) -> dict[str, Any]:
-        promise = self.sla.promise("standard")
+        promise = self.sla.promise(self._scheduler.tenants.tenant(DEFAULT_TENANT).slo_class)
         series: dict[str, Any] = {"step_s": 5, "point": self.series.point()}
         if with_history:
             series["history"] = self.series.history()
@@ -284,7 +294,20 @@ class History:
         if row is None:
             raise NotFound(f"no request {request_id[:128]!r} is remembered here; the last {MAX_REQUESTS} are", param="request_id")
         timeline = [msgspec.to_builtins(mark_document(mark)) for mark in row.timeline()]
-        return {"request": row.document(), "timeline": timeline, "why": row.why}
+        return {"request": row.document(), "timeline": timeline, "why": self._whole_why(row)}
+
+    def decision(self, request_id: str) -> dict[str, Any]:
+        """What the scheduler decided about it and what came true; by the client's own id too. See `cluster/explain.py`."""
+        row = self._rows.get(request_id) or self._rows.get(self._by_client.get(request_id, ""))
+        known = row.request_id if row is not None else request_id
+        decision = self._scheduler.explain(known)
+        if decision is None:
+            most = self._scheduler.config.max_decisions
+            raise NotFound(
+                f"no decision about {request_id[:128]!r} is remembered; the last {most} are (scheduler.max_decisions)",
+                param="request_id",
+            )
+        return explained(known, decision, row.document() if row is not None else None)
 
     # ---- inside --------------------------------------------------------------------------------------------------------
 
@@ -295,6 +318,11 @@ class History:
             if gone.client_id is not None and self._by_client.get(gone.client_id) == gone.request_id:
                 del self._by_client[gone.client_id]
         return row
+
+    def _whole_why(self, row: Row) -> dict[str, Any] | None:
+        """With what the scheduler remembers of the decision itself: whom it looked at, and what it expected of each."""
+        decision = self._scheduler.explain(row.request_id)
+        return row.why if decision is None else {**(row.why or {}), **why_of(decision, {row.prefill, row.decode})}
 
     def _why(self, ticket: Ticket, row: Row, now: float) -> dict[str, Any]:
         """What the decision was made of: who could have had it, and what was expected of whom got it."""
@@ -440,8 +468,13 @@ class History:
 
 
 def promises_of(config: SchedulerConfig) -> dict[str, Promise]:
-    """What each class is promised. There is one class so far."""
+    """What is promised without a tenants file: there is one class."""
     return {"standard": Promise(config.ttft_target_s, config.tpot_target_s, config.attainment_target)}
+
+
+def promises_in(tenants: Tenants) -> dict[str, Promise]:
+    """What each class of a tenants file is promised."""
+    return {name: Promise(one.ttft_s, one.tpot_s, one.attainment) for name, one in tenants.classes.items()}
 
 
 def mark_document(mark: Mark) -> dict[str, Any]:

@@ -22,13 +22,13 @@ from typing import Any
 
 import msgspec
 
+from cluster.deploy import APP_NAME, apply, document, with_absolute_paths
 from configs.load import Resolved
 from configs.schema import Config
 from protocol.errors import ConfigError, TandemError
 
 log = logging.getLogger(__name__)
 
-APP_NAME = "tandem"
 FOLDER_PREFIX = "tandem-"
 QUESTION = "What does the prefill worker do, and what does the decode worker do?"
 POLL_S = 0.1
@@ -50,7 +50,7 @@ class Line:
 
 def run(resolved: Resolved) -> int:
     """Serve until interrupted. -> the exit status."""
-    config = _with_absolute_path(resolved.config)
+    config = with_absolute_paths(resolved.config)
     line = Line()
     interrupts = Interrupts()
     stop = interrupts.stop
@@ -94,46 +94,33 @@ class Interrupts:
             self.hurry.set()
 
 
-def _with_absolute_path(config: Config) -> Config:
-    """Files are named from where the user stands; the workers stand elsewhere."""
-    if config.model.chat_template is not None:
-        template = str(Path(config.model.chat_template).expanduser().resolve())
-        config = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, chat_template=template))
-    if config.model.step_log is not None:
-        step_log = str(Path(config.model.step_log).expanduser().resolve())
-        config = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, step_log=step_log))
-    path = Path(config.model.name).expanduser()
-    if not path.is_dir() or config.model.name in ("bundled", "toy"):
-        return config
-    served = config.model.served_name or config.model.name
-    return msgspec.structs.replace(
-        config, model=msgspec.structs.replace(config.model, name=str(path.resolve()), served_name=served)
-    )
-
-
 def _banner(resolved: Resolved) -> None:
     from models.locate import locate
 
     config = resolved.config
-    model = config.model
-    print(f"Tandem: {model.served_name or model.name} from {locate(model.name, model.revision)}")
-    if model.name == "bundled":
-        print("        a 3-million-parameter demonstration model, trained on Python's standard library and questions about Tandem:")
-        print("        it is here to show the walk, not to be wise")
-    if model.name == "toy":
-        print("        a hash function in the shape of a model: its text means nothing, and any wrong byte of KV changes it")
-    print(
-        f"        {_pool_size(config, 'prefill')} + {_pool_size(config, 'decode')}, device {model.device}, "
-        f"KV over {config.transfer.transport}, cores {len(os.sched_getaffinity(0))}"
-    )
+    for i, one in enumerate(config.each()):
+        model = one.model
+        print(f"{'Tandem:' if i == 0 else '    and'} {one.served_name} from {locate(model.name, model.revision)}")
+        if model.name == "bundled":
+            print("        a 3-million-parameter demonstration model, trained on Python's standard library and questions about")
+            print("        Tandem: it is here to show the walk, not to be wise")
+        if model.name == "toy":
+            print("        a hash function in the shape of a model: its text means nothing, and any wrong byte of KV changes it")
+        print(
+            f"        {_pool_size(one, 'prefill')} + {_pool_size(one, 'decode')}, device {model.device}, "
+            f"KV over {config.transfer.transport}, cores {len(os.sched_getaffinity(0))}"
+        )
+    for server in config.overflow:
+        print(f"        overflow to {server.url}, {server.max_num_seqs} requests at once")
     for note in resolved.notes:
         print(f"        note: {note}")
     sys.stdout.flush()
 
 
 def _pool_size(config: Config, role: str) -> str:
-    replicas, parallel = config.get(f"{role}.replicas"), config.parallel(role)
-    return f"{replicas} {role}" + (f" of {parallel} ranks" if replicas and parallel.num_ranks > 1 else "")
+    pool, parallel = config.pool(role), config.parallel(role)
+    size = f"{pool.replicas}" if pool.fewest == pool.most else f"{pool.replicas} ({pool.fewest} to {pool.most})"
+    return f"{size} {role}" + (f" of {parallel} ranks" if pool.replicas and parallel.num_ranks > 1 else "")
 
 
 @contextlib.contextmanager
@@ -253,7 +240,10 @@ def _deploy(config: Any, secret: bytes, line: Line) -> Any:
         },
     )
     line("Serve is up")
-    serve.api._run(application(config, secret), _blocking=False, name=APP_NAME, route_prefix="/")
+    if config.is_sized:  # only a document can have a policy for the whole application; slower by the process that builds it then
+        apply(document(config, secret.decode()))
+    else:
+        serve.api._run(application(config, secret), _blocking=False, name=APP_NAME, route_prefix="/")
     line("deployed: gateway, workers")
     return actor
 
@@ -327,7 +317,7 @@ def _last_line(message: str) -> str:
 
 
 def _say_hello(config: Any, line: Line) -> None:
-    model = config.model.served_name or config.model.name
+    model = config.served_name
     key = " -H 'Authorization: Bearer '$TANDEM_GATEWAY_API_KEY" if config.gateway.api_key else ""
     url = _url(config)
     line(f"ready: {url}/v1   dashboard: {url}/dashboard")
@@ -349,21 +339,33 @@ def _watch(config: Any, actor: Any, seen: set[tuple[str, str]], line: Line, stop
     """
     known: dict[str, str] = {}
     missed: set[str] = set()
-    expected = config.prefill.replicas + config.decode.replicas
+    refused = ""
+    expected = sum(one.prefill.replicas + one.decode.replicas for one in config.each()) + len(config.overflow)
     while not stop.is_set():
-        status = _print_phases(actor, seen, line) if len(known) < expected or missed else _status(actor)
+        changes = config.is_sized or len(known) < expected or missed
+        status = _print_phases(actor, seen, line) if changes else _status(actor)
         if status:
+            refused = _tell_tenants(status.get("tenants_file") or {}, refused, line)
             alive = {w["name"]: w["incarnation"] for w in status.get("workers", ()) if w["alive"]}
             missing = known.keys() - alive.keys()
             for name, incarnation in alive.items():
                 if known.get(name) != incarnation:
                     line(f"{name} is serving" + (" again" if name in known else ""))
             for name in missing & missed:
-                line(f"{name} is gone; Serve starts another")
+                line(f"{name} is gone" + ("" if config.is_sized else "; Serve starts another"))
                 del known[name]
             missed = set(missing - missed)
             known |= alive
         stop.wait(1.0)
+
+
+def _tell_tenants(file: dict[str, Any], known: str, line: Line) -> str:
+    """What is wrong with the tenants file, once; -> what was told last."""
+    problem = file.get("problem")
+    told = f"{file['path']}:{problem['line']}: {problem['reason']}" if problem else ""
+    if told != known:
+        line(f"tenants file {told}; the old one stays in force" if told else f"tenants file {file.get('path')} is in force")
+    return told
 
 
 def _status(actor: Any) -> dict[str, Any]:

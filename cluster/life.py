@@ -19,11 +19,12 @@ import msgspec
 
 from cluster.agent import Agent, new_incarnation, tell_phase
 from cluster.group import LOST_RANK, Leader, Spawn
+from cluster.orders import Order, OrderedNetwork
 from configs.schema import Config
 from kvtransfer.process import boot_id, start_ticks
-from protocol.errors import GroupBroken, TandemError
+from protocol.errors import Draining, GroupBroken, TandemError, TransferFailed, Unsupported
 from protocol.kv import ProcessRef
-from protocol.messages import WorkerPhase
+from protocol.messages import Leave, SwitchRole, WorkerPhase
 from protocol.network import Network
 from protocol.rank import RankLoaded, RankSetup
 
@@ -35,13 +36,16 @@ log = logging.getLogger(__name__)
 
 PROGRESS_S = 1.0
 GOING_S = 0.2  # for what was said last to leave before the process does
+DRAIN_SHARE = 0.75  # of a notice's seconds; the rest is for goodbyes
+SWITCHED = 1000  # a worker that changed its role is called decode:1000 where it was prefill:0
 FindScheduler = Callable[[], Awaitable[str]]
 
 
 class WorkerLife:
     """Make it on an event loop, `await start()`; `drain()` and `close()` end it.
 
-    spawn: how the other ranks' processes come about; needed when the configuration wants a group.
+    spawn: how the other ranks' processes come about; needed when the configuration wants a group. renew: another network and how
+    the scheduler is found over it, for a life in the other role; without it the role cannot be changed.
     """
 
     def __init__(
@@ -53,15 +57,18 @@ class WorkerLife:
         network: Network,
         find: FindScheduler,
         spawn: Spawn | None = None,
+        renew: Callable[[], tuple[Network, FindScheduler]] | None = None,
     ) -> None:
-        self.name = f"{role}:{index}"
-        self.incarnation = new_incarnation(role, index)
+        self.name = f"{config.prefix}{role}:{index}"
+        self.incarnation = new_incarnation(role, index, config.prefix)
+        self._index = index
+        self._renew = renew
         self.worker: Any = None
         self._began_at = time.monotonic()
         self._role = role
         self._config = config
         self._secret = secret
-        self._network = network
+        self._network: Network = OrderedNetwork(network, self._take_order)
         self._find = find
         self._parallel = config.parallel(role)
         self._loop = asyncio.get_running_loop()
@@ -71,6 +78,9 @@ class WorkerLife:
         self._agent: Agent | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        self._switching: asyncio.Task[None] | None = None
+        self._drain_s = config.scheduler.drain_s
         self._leader: Leader | None = None
         if self._parallel.num_ranks > 1:
             assert spawn is not None, f"{self.name} is {self._parallel} and nobody says how ranks are started"
@@ -106,6 +116,11 @@ class WorkerLife:
         else:
             self._engine, others = await self._load_as_leader(assembly, self._leader)
         await self._tell("loaded", _describe(self._engine))
+        await self._serve(assembly, others)
+
+    async def _serve(self, assembly: Any, others: Any) -> None:
+        """Build the worker of this role around the engine, and make it part of the cluster."""
+        config = self._config
         computes = (self._in_engine_thread, self._in_verify_thread)
         parts = assembly.Parts(config, self._engine, self.incarnation, self._network, time.monotonic, *computes, self._secret)
         self.worker = assembly.build_worker(self._role, parts, others, assembly.transports_of(config))
@@ -194,9 +209,24 @@ class WorkerLife:
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
-    def leave(self) -> None:
-        """Somebody wants this process, or one of its ranks, gone: drain, then end. Thread-safe."""
-        self._loop.call_soon_threadsafe(lambda: self._tasks.append(self._loop.create_task(self._leave())))
+    def _take_order(self, order: Order) -> None:
+        """The scheduler's; carried out in the background. Raises what makes it impossible."""
+        if isinstance(order, Leave):
+            self.leave(order.seconds)
+        else:
+            self._switch(order)
+
+    def leave(self, within_s: float | None = None) -> None:
+        """Somebody wants this process, or one of its ranks, gone: drain, then end. Thread-safe. within_s: by then all is over, so
+        the drain itself has a little less."""
+
+        def begin() -> None:
+            if within_s is not None:
+                self._drain_s = max(0.0, min(self._drain_s, within_s * DRAIN_SHARE - GOING_S))
+            if self._leaving is None:
+                self._leaving = self._loop.create_task(self._leave())
+
+        self._loop.call_soon_threadsafe(begin)
 
     async def _leave(self) -> None:
         log.info("%s was asked to go", self.name)
@@ -219,12 +249,60 @@ class WorkerLife:
         self.worker.is_draining = True
         if self._agent is not None:
             self._agent.beat_now()
-        await self.worker.drain(self._config.scheduler.drain_s)
+        await self.worker.drain(self._drain_s)
+
+    # ---- the other role ----------------------------------------------------------------------------------------------
+
+    def _switch(self, order: SwitchRole) -> None:
+        if order.incarnation != self.incarnation:
+            raise TransferFailed(f"the order is for {order.incarnation}; here lives {self.incarnation}")
+        if self._renew is None or self._leader is not None:
+            raise Unsupported(f"{self.name} cannot change its role: only a worker of one rank, under Serve, can")
+        if self._draining is not None or self._switching is not None:
+            raise Draining(f"{self.name} is on its way already")
+        self._switching = self._loop.create_task(self._become(order.role))
+        self._switching.add_done_callback(self._switched)
+
+    async def _become(self, role: str) -> None:
+        """Drain, end this life for everybody else (its connections break, as if it had died, with nothing left to lose), and begin
+        another one around the same engine. The pool keeps its prefixes."""
+        assert self._renew is not None
+        assert self._agent is not None
+        log.info("%s becomes a %s worker", self.name, role)
+        await self.drain()
+        worker, pool = self.worker, self._engine.pool
+        if not worker.is_idle or pool.num_used or worker.handover.num_owed:
+            log.warning("%s could not put everything away, so it ends instead of changing its role", self.name)
+            self.leave()
+            return
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await self._agent.close()
+        await asyncio.sleep(GOING_S)
+        await self._network.close()
+        worker.handover.close()
+        await self._in_engine_thread(lambda: None)  # a canary that was cancelled may still compute
+        await self._in_verify_thread(lambda: None)
+        self._role = role
+        self._index += -SWITCHED if self._index >= SWITCHED else SWITCHED  # no name that another worker of that role may have
+        self.name = f"{self._config.prefix}{role}:{self._index}"
+        self.incarnation = new_incarnation(role, self._index, self._config.prefix)
+        network, self._find = self._renew()
+        self._network = OrderedNetwork(network, self._take_order)
+        self._draining = None
+        assembly = import_engine()
+        await self._serve(assembly, assembly.NO_OTHERS)
+
+    def _switched(self, task: asyncio.Task[None]) -> None:
+        self._switching = None
+        if not task.cancelled() and task.exception() is not None:
+            log.error("%s could not change its role; another process takes its place", self.name, exc_info=task.exception())
+            self.leave()
 
     async def close(self) -> None:
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
+        for task in (*self._tasks, *((self._switching,) if self._switching is not None else ())):
+            task.cancel()
         if self._agent is not None:
             await self._agent.close()
         if self._leader is not None:

@@ -24,8 +24,10 @@ from cluster.history import promises_of
 from cluster.local_group import LocalGroup
 from cluster.loopback import Hub
 from cluster.metrics import ClusterMetrics
+from cluster.overflow_life import OverflowLife
 from cluster.preflight import max_model_len
 from cluster.scheduler_service import SchedulerService
+from cluster.tenants_file import TenantsFile, reserved_keys
 from configs.schema import Config
 from decode.worker import DecodeWorker
 from models.load import LoadedModel
@@ -57,6 +59,7 @@ class LocalCluster:
         self.tokenizer = Tokenizer(locate(config.model.name, config.model.revision or None), config.model.chat_template)
         self.workers: list[DecodeWorker | PrefillWorker] = []
         self.engines: list[assembly.Engine] = []
+        self.overflow: list[OverflowLife] = []
         self._hub = Hub(encoded)
         self._secret = secrets.token_bytes(32)
         self._agents: list[Agent] = []
@@ -79,6 +82,8 @@ class LocalCluster:
         roles += [("prefill", i) for i in range(self.config.prefill.replicas)]
         for role, index in roles:
             await self._start_worker(role, index)
+        for number in range(len(self.config.overflow)):
+            await self._start_overflow(number)
         self.gateway = Gateway(
             "gateway-0",
             self._hub.network("gateway"),
@@ -119,11 +124,20 @@ class LocalCluster:
         self._agents.append(agent)
         self._loops.append(asyncio.create_task(worker.run()))
 
+    async def _start_overflow(self, number: int) -> None:
+        clock = asyncio.get_running_loop().time
+        network = self._hub.network(f"overflow-{number}")
+        life = OverflowLife(self.config, number, self._secret, network, self._find_scheduler, clock=clock)
+        await life.start()
+        self.overflow.append(life)
+
     async def _start_scheduler(self) -> None:
         network = self._hub.network("scheduler")
-        metrics = ClusterMetrics(assembly.served_name(self.config), promises_of(self.config.scheduler))
+        metrics = ClusterMetrics(self.config.served_name, promises_of(self.config.scheduler))
         scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
-        self.service = SchedulerService(scheduler, network, asyncio.get_running_loop().time, metrics)
+        path = self.config.scheduler.tenants_file
+        file = TenantsFile(path, reserved_keys(self.config)) if path is not None else None
+        self.service = SchedulerService(scheduler, network, asyncio.get_running_loop().time, metrics, file)
         await self.service.start()
         self._scheduler_address = network.address
 
@@ -150,6 +164,8 @@ class LocalCluster:
             worker.check_integrity()
 
     async def close(self) -> None:
+        for life in self.overflow:
+            await life.close()
         for agent in self._agents:
             await agent.close()
         for task in (*self._loops, *self._idling):

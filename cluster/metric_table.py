@@ -39,6 +39,12 @@ REJECTIONS = (
     "queue_timeout",
     "no_worker",
     "too_long",
+    "tenant_requests",
+    "tenant_tokens",
+    "slo_ttft",
+    "slo_tpot",
+    "retry_budget",
+    "shed",
 )
 EVENTS = (
     "submitted",

@@ -30,9 +30,11 @@ from cluster.metric_table import (
     WORKER_SERIES,
     Distribution,
 )
+from cluster.tenant_metrics import tenant_series
+from configs.tenants import Tenants
 from protocol.messages import Outcome, PairStats
 from protocol.timeline import Trace, count_gaps, worker_name
-from scheduler.sla import OTHER, Names, Promise
+from scheduler.sla import MAX_TENANTS, OTHER, Names, Promise, is_kept
 
 Labels = tuple[str, ...]
 Rows = Iterable[tuple[Labels, float]]
@@ -67,7 +69,7 @@ class ClusterMetrics:
     """Feed it every Outcome and every refusal; ask it for `text` with the scheduler's status of now.
 
     promises: by class, for the series that tell promised from kept. tenants, classes: those that are there from the start, at 0;
-    others are added as they come, up to a bound.
+    others are added as they come, up to a bound. `set_tenants` brings those of a tenants file, as far as the bound goes.
     """
 
     def __init__(self, model_name: str, promises: dict[str, Promise] | None = None, tenants: Sequence[str] = ("default",)) -> None:
@@ -82,6 +84,27 @@ class ClusterMetrics:
         self._registry.register(self)
         self._seed([(tenant, slo_class) for tenant in tenants for slo_class in self._promises])
 
+    def set_tenants(self, tenants: Tenants) -> None:
+        """The tenants file that is in force from now on."""
+        self._promises = {name: Promise(one.ttft_s, one.tpot_s, one.attainment) for name, one in tenants.classes.items()}
+        old = {key[:2] for (name, key) in self._counters if name == "tandem_slo_requests"}
+        # What was counted stays a series: a counter that disappears looks like one that was reset.
+        names = dict.fromkeys([*(tenant for tenant, _ in old), *list(tenants.tenants)[:MAX_TENANTS]])
+        self._tenants = Names(names, max(MAX_TENANTS, len(names)))
+        classes = dict.fromkeys([*tenants.classes, *(slo_class for _, slo_class in old)])
+        self._classes = Names(classes, max(8, len(classes)))
+        for tenant, one in tenants.tenants.items():
+            if tenant in names:
+                for slo_class in one.allowed_classes:
+                    self._seed_key((tenant, slo_class))
+
+    def _seed_key(self, key: tuple[str, str]) -> None:
+        """One tenant and class, at 0 unless it is there."""
+        for one in DISTRIBUTIONS:
+            if one.by_tenant:
+                self._histograms.setdefault((one.name, key), Counts(one.buckets))
+        self._seed_tenant(key)
+
     def _seed(self, known: list[tuple[str, str]]) -> None:
         """rate() of a counter that appears with its first increment misses that increment: so all are there at 0."""
         for one in DISTRIBUTIONS:
@@ -95,7 +118,7 @@ class ClusterMetrics:
             self._seed_tenant(key)
 
     def _seed_tenant(self, key: tuple[str, str]) -> None:
-        for name in ("tandem_slo_requests", "tandem_slo_kept"):
+        for name in ("tandem_slo_requests", "tandem_slo_kept", "tandem_degraded"):
             self._counters[name, key] += 0
         for name, words in (
             ("tandem_requests", OUTCOMES),
@@ -126,9 +149,10 @@ class ClusterMetrics:
                 count["tandem_tokens", (*key, word)] += number
         if kind != "cancelled":
             promise = self._promises.get(key[1]) or next(iter(self._promises.values()))
-            tpot_s = outcome.tpot_s if outcome.output_tokens > 1 else None
             count["tandem_slo_requests", key] += 1
-            count["tandem_slo_kept", key] += kind == "finished" and promise.is_kept(outcome.ttft_s, tpot_s)
+            count["tandem_slo_kept", key] += is_kept(outcome, promise)
+        if outcome.degraded:
+            count["tandem_degraded", self._key(outcome.tenant, outcome.asked_class or outcome.slo_class)] += 1
         if kind == "finished":
             for one in DISTRIBUTIONS:
                 value = one.value(outcome, trace)
@@ -176,6 +200,7 @@ class ClusterMetrics:
             yield self._family(series.kind, series.name, series.text, ("engine", "role"), rows)
         yield from self._pools(workers, alive)
         yield from self._scheduler(alive)
+        yield from tenant_series(self._status, self._family, self._tenants.of)
 
     def _distributions(self) -> Iterator[Metric]:
         for one in DISTRIBUTIONS:
@@ -203,6 +228,7 @@ class ClusterMetrics:
             ("tandem_tokens", "Tokens of requests that ended after their first one; cached are among input.", (*of_tenant, "kind")),
             ("tandem_slo_requests", "Requests that count for the promise: finished or failed.", of_tenant),
             ("tandem_slo_kept", "Those of them that kept it.", of_tenant),
+            ("tandem_degraded", "Requests of this class that were served with less than they asked for.", of_tenant),
         ):
             rows = [(values, number) for (of, values), number in self._counters.items() if of == name]
             yield self._family("counter", name, text, labels, rows)

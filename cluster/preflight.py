@@ -11,6 +11,7 @@ import os
 import psutil
 
 from api.tokenizer import Tokenizer
+from cluster.tenants_file import check_tenants
 from configs.schema import Config
 from engine.memory import num_blocks_on_cpu
 from kvtransfer.layout import rank_layout
@@ -29,6 +30,12 @@ DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, WSL2
 
 def examine(config: Config) -> None:
     """Raises ModelError or ConfigError: one sentence that names the file or the key, and what to do."""
+    check_tenants(config)
+    for one in config.each():
+        _examine_model(one)
+
+
+def _examine_model(config: Config) -> None:
     name, revision = config.model.name, config.model.revision
     folder = locate(name, revision)
     if revision is not None and (name in BUILT_IN or os.path.isdir(os.path.expanduser(name))):

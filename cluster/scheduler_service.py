@@ -16,19 +16,28 @@ import msgspec
 
 from cluster.history import History
 from cluster.metrics import ClusterMetrics
-from protocol.errors import Failure, NotFound, TandemError, from_failure
+from cluster.pools import Pools
+from cluster.tenant_metrics import about_tenants
+from cluster.tenants_file import TenantsFile
+from configs.tenants import Tenants, TenantsError
+from protocol.errors import Failure, NotFound, TandemError, TenantsChanged, from_failure
 from protocol.messages import (
     Admit,
     AskHistory,
     AskMetrics,
     AskStatus,
+    AskTenants,
     GatewayBeat,
     Message,
     Metrics,
+    Notice,
+    OfferTenants,
     Ok,
     Outcome,
     Progress,
     Status,
+    TenantsInForce,
+    TenantsVersion,
     Withdraw,
     WorkerBeat,
     WorkerInfo,
@@ -44,30 +53,45 @@ TICK_S = 0.25
 METRICS_WINDOW_S = 300.0
 MAX_GONE = 4096  # requests whose end is remembered, so that an Admit overtaken by it is not queued for nobody
 GONE_S = 30.0
-REFUSALS = {"DeadlineExceeded": "queue_timeout", "NoWorker": "no_worker"}  # of those that waited, by what they were told
 
 
 class SchedulerService:
-    """Callers of Admit wait here until `Scheduler.decisions` names them."""
+    """Callers of Admit wait here until `Scheduler.decisions` names them. tenants_file: None where the cluster has none."""
 
-    def __init__(self, scheduler: Scheduler, network: Network, clock: Clock, metrics: ClusterMetrics) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        network: Network,
+        clock: Clock,
+        metrics: ClusterMetrics,
+        tenants_file: TenantsFile | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self._network = network
         self._clock = clock
         self._metrics = metrics
         self.history = History(scheduler, on_refused=metrics.refused)
+        self.tenants_file = tenants_file
         self._waiting: dict[str, asyncio.Future[Ticket]] = {}
         self._workers: dict[Peer, str] = {}  # -> incarnation: a broken connection is quicker than a missed beat
         self._gone: OrderedDict[str, tuple[float, float]] = OrderedDict()  # request_id -> its last epoch, told when
+        self._pools = Pools(scheduler, self._workers, lambda *what: self._note(self._role_switched, *what))
         self._ticking: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        if self.tenants_file is not None:
+            self.tenants_file.on_taken, self.tenants_file.on_refused = self._take_tenants, self._tell_refused
+            await self.tenants_file.start()
+            self._watching = asyncio.create_task(self.tenants_file.watch())
         await self._network.serve(self.handle, self.on_lost)
         self._ticking = asyncio.create_task(self._tick())
 
     async def close(self) -> None:
-        if self._ticking is not None:
-            self._ticking.cancel()
+        for task in (self._ticking, self._watching):
+            if task is not None:
+                task.cancel()
+        self._pools.close()
         await self._network.close()
 
     async def handle(self, peer: Peer, message: Message) -> Message | None:
@@ -75,6 +99,8 @@ class SchedulerService:
         answer = self._answers.get(type(message))
         if isinstance(message, Admit):
             return await self._admit(message)
+        if isinstance(message, Notice):
+            return await self._pools.notice(message)
         if answer is None:
             raise TandemError(f"the scheduler does not take {type(message).__name__}")
         return answer(self, peer, message, now)
@@ -82,13 +108,15 @@ class SchedulerService:
     async def _admit(self, message: Admit) -> Ticket:
         request_id = message.request_id
         self._refuse_gone(message)
+        self._check_version(message)
         future: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
         self._dismiss(request_id)  # asked again: the answer goes to the last who asked, and it keeps its place in the queue
         self._note(self.history.admitted, message, self._clock())
         try:
             self.scheduler.submit(message, self._clock())  # raises 429 and 503 at once
         except TandemError as error:
-            self._note(self.history.refused, request_id, error, self.scheduler.records.last_rejection, self._clock())
+            error.reason = self.scheduler.records.reason(request_id)
+            self._note(self.history.refused, request_id, error, error.reason or type(error).__name__, self._clock())
             raise
         self._waiting[request_id] = future
         try:
@@ -108,6 +136,26 @@ class SchedulerService:
         last_epoch, told_at = self._gone.get(message.request_id, (-1.0, -math.inf))
         if message.last_epoch <= last_epoch and self._clock() - told_at < GONE_S:
             raise TandemError(f"{message.request_id} was withdrawn before it was admitted")
+
+    def _check_version(self, message: Admit) -> None:
+        """A request is judged under one version of the file from end to end. One that waits or ran already keeps what it was
+        promised; a new one that was judged under another version than the one in force goes back to be judged again."""
+        file = self.tenants_file
+        if file is None or message.resumption or message.request_id in self.scheduler.queue:
+            return
+        if message.tenants_version != file.document().version:
+            raise TenantsChanged("the tenants file changed while this request was on its way; send it again", retry_after=1.0)
+
+    def _take_tenants(self, tenants: Tenants) -> None:
+        """A new file is in force, for everybody at once: nothing of ours awaits in between."""
+        self.scheduler.set_tenants(tenants, self._clock())
+        self.history.set_tenants(tenants)
+        self._metrics.set_tenants(tenants)
+        self._note(self.history.event, "tenants", f"a tenants file with {len(tenants.tenants)} tenants is in force")
+        self._decide()
+
+    def _tell_refused(self, error: TenantsError) -> None:
+        self._note(self.history.event, "tenants", f"{error.message}; what was in force stays so")
 
     def _dismiss(self, request_id: str) -> None:
         """Whoever waits for this request's ticket waits no more."""
@@ -158,18 +206,38 @@ class SchedulerService:
     def _phase(self, peer: Peer, message: WorkerPhase, now: float) -> None:
         self.scheduler.phase(message, now)
 
-    def _gateway_beat(self, peer: Peer, message: GatewayBeat, now: float) -> Ok:
+    def _gateway_beat(self, peer: Peer, message: GatewayBeat, now: float) -> Ok | TenantsVersion:
         self.scheduler.gateway_beat(message, now)
+        return Ok() if self.tenants_file is None else TenantsVersion(self.tenants_file.version)
+
+    def _tenants(self, peer: Peer, message: AskTenants, now: float) -> TenantsInForce:
+        if self.tenants_file is None:
+            raise NotFound("this cluster has no tenants file (scheduler.tenants_file)")
+        return self.tenants_file.document()
+
+    def _offer(self, peer: Peer, message: OfferTenants, now: float) -> Ok:
+        if self.tenants_file is not None:
+            self.tenants_file.offer(message.offered)
         return Ok()
 
+    def status(self, now: float) -> dict[str, Any]:
+        """The scheduler's view, and what became of the tenants file (None without one)."""
+        file = self.tenants_file
+        return {**self.scheduler.status(now), "tenants_file": file.status() if file is not None else None}
+
     def _status(self, peer: Peer, message: AskStatus, now: float) -> Status:
-        return Status(msgspec.json.encode(self.scheduler.status(now)))
+        return Status(msgspec.json.encode(self.status(now)))
 
     def _history(self, peer: Peer, message: AskHistory, now: float) -> Status:
-        return Status(msgspec.json.encode(self.history.answer(message, now)))
+        document = self.history.answer(message, now)
+        if "status" in document:
+            file = self.tenants_file.status() if self.tenants_file is not None else None
+            document["status"] |= {**about_tenants(self.scheduler, now), "tenants_file": file}
+        return Status(msgspec.json.encode(document))
 
     def _metrics_text(self, peer: Peer, message: AskMetrics, now: float) -> Metrics:
-        return Metrics(self._metrics.text(self.scheduler.status(now), self.history.sla.rows(METRICS_WINDOW_S, now)))
+        status = {**self.status(now), **about_tenants(self.scheduler, now)}
+        return Metrics(self._metrics.text(status, self.history.sla.rows(METRICS_WINDOW_S, now)))
 
     _answers: dict[type, Callable[..., Message | None]] = {
         Withdraw: _withdraw,
@@ -182,6 +250,8 @@ class SchedulerService:
         AskStatus: _status,
         AskMetrics: _metrics_text,
         AskHistory: _history,
+        AskTenants: _tenants,
+        OfferTenants: _offer,
     }
 
     def _note(self, note: Callable[..., None], *what: Any) -> None:
@@ -190,6 +260,9 @@ class SchedulerService:
             note(*what)
         except Exception:
             log.exception("the history could not take %s", note.__name__)
+
+    def _role_switched(self, name: str, was: str, role: str) -> None:
+        self.history.event("role_switch", f"{name} leaves the {was} pool for the {role} pool, which is short", worker=name)
 
     def on_lost(self, peer: Peer) -> None:
         incarnation = self._workers.pop(peer, None)
@@ -213,8 +286,9 @@ class SchedulerService:
             else:
                 failure: Failure = decision[1]
                 error = from_failure(failure)
-                if failure.kind in REFUSALS:
-                    self._note(self.history.refused, request_id, error, REFUSALS[failure.kind], self._clock())
+                error.reason = self.scheduler.records.reason(request_id)
+                if error.reason:
+                    self._note(self.history.refused, request_id, error, error.reason, self._clock())
                 future.set_exception(error)
 
     async def _tick(self) -> None:
@@ -232,6 +306,7 @@ class SchedulerService:
                 if now >= deaf_until:
                     self.scheduler.tick(now)
                 self._decide()
+                self._pools.tick(now)
                 self._note(self.history.tick, now)
             except Exception:
                 log.exception("a tick of the scheduler failed")

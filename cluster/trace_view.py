@@ -11,6 +11,7 @@ import urllib.parse
 from typing import Any
 
 from cluster.cluster_status import get_json
+from cluster.explain import told
 from cluster.terminal import Paint, ms, table, wants_colour
 from protocol.timeline import Mark, phases
 
@@ -85,11 +86,18 @@ def _marks(marks: list[Mark], paint: Paint) -> list[str]:
 
 
 def _why(why: dict[str, Any]) -> list[str]:
-    actual = why.get("actual_ttft_ms")
-    out = [
-        f"why there: TTFT predicted {ms(why['predicted_ttft_ms'])}" + (f", was {ms(actual)}" if actual is not None else "")
-        + f"; {why['cached_tokens']} prompt tokens expected in a cache; {why['expected_output_tokens']} output tokens expected"
-    ]  # fmt: skip
+    out = []
+    if why.get("predicted_ttft_ms") is not None:
+        actual = why.get("actual_ttft_ms")
+        was = f", was {ms(actual)}" if actual is not None else ""
+        expected = (
+            f"; {why['cached_tokens']} prompt tokens expected in a cache; {why['expected_output_tokens']} output tokens expected"
+        )
+        out.append(f"why there: TTFT predicted {ms(why['predicted_ttft_ms'])}{was}{expected}")
+    for step in why.get("steps") or ():
+        out.append(f"{1e3 * step['at_s']:10.1f} ms  {told(step)}")
+    if not why.get("candidates"):
+        return out
     rows = [("", "worker", "state", "prefill queue", "decoding", "context tokens", "free blocks")]
     for worker in why["candidates"]:
         rows.append(

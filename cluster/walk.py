@@ -10,9 +10,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+import msgspec
+
 from cluster.timeline import Timeline
-from protocol.errors import Draining, ReservationRefused, TandemError
-from protocol.events import Event, Finished, PromptScored, Timing, TokenLogprobs, Tokens, Usage
+from protocol.errors import Draining, InternalError, ReservationRefused, TandemError
+from protocol.events import Event, Finished, Placed, PromptScored, Timing, TokenLogprobs, Tokens, Usage
 from protocol.lifecycle import TERMINAL, Phase, move
 from protocol.messages import RequestFailed, TokenUpdate
 from protocol.network import Peer
@@ -83,6 +85,9 @@ class Walk:
         self.received_at = received_at
         self.placed_at = now
         self.predicted_ttft_s = 0.0  # by the first ticket
+        self.asked_class = request.slo_class
+        self.degraded = ""  # what tickets took off, in words
+        self.placed_event: Placed | None = None  # until it was told
         self.first_placed_at: float | None = None
         self.first_token_at: float | None = None
         self.decode_began_at: float | None = None
@@ -162,11 +167,31 @@ class Walk:
         if self.first_placed_at is None:
             self.first_placed_at = now
             self.predicted_ttft_s = attempt.ticket.predicted_ttft_s
+            self.placed_event = Placed()
         self.timeline.admitted(attempt.ticket, now)
         while not self.inbox.empty():  # what an earlier epoch left behind
             self.inbox.get_nowait()
         for choice in self.choices:
             choice.pending.clear()
+
+    def degrade(self, ticket: Ticket, adapt: Callable[[Request, str], Request | None]) -> None:
+        """The request becomes what the ticket leaves of it, for this attempt and all that follow."""
+        request = self.request
+        if ticket.model and ticket.model != request.model:
+            adapted = adapt(request, ticket.model)
+            if adapted is None:
+                raise InternalError(f"the scheduler sent this request to {ticket.model}, which cannot read its tokens")
+            request = adapted
+        if ticket.slo_class and ticket.slo_class != request.slo_class:
+            request = msgspec.structs.replace(request, slo_class=ticket.slo_class, claim=msgspec.structs.replace(
+                request.claim, ttft_slo_s=None, tpot_slo_s=None))  # fmt: skip
+        if ticket.max_tokens is not None:
+            most = min(request.sampling.max_tokens or ticket.max_tokens, self.max_delivered + ticket.max_tokens)
+            sampling = msgspec.structs.replace(request.sampling, max_tokens=most, min_tokens=min(request.sampling.min_tokens, most))
+            request = msgspec.structs.replace(request, sampling=sampling)
+        if self.placed_event is not None:
+            self.placed_event = Placed(ticket.degraded, request.model if request.model != self.request.model else "")
+        self.request, self.degraded = request, ticket.degraded
 
     def blame(self, error: TandemError) -> None:
         """Remember whom not to be placed on again, if there is anybody else. That decode has no room is nobody's fault: it may
@@ -306,7 +331,7 @@ class Walk:
         return Usage(self.request.prompt_len, completion, min(self.cached_tokens, self.request.prompt_len), self.num_resumptions)
 
     def finished_event(self) -> Finished:
-        return Finished(self.usage(), self.timing(self.last_progress_at))
+        return Finished(self.usage(), self.timing(self.last_progress_at), self.degraded)
 
     def outcome(
         self, make: Callable[..., _OutcomeT], kind: str, failure_kind: str, now: float, failure: str | None = None
@@ -330,6 +355,10 @@ class Walk:
             failure_kind=failure_kind,
             finish_reason=self.choices[0].finish_reason or "",
             trace=self.trace(timing, failure),
+            asked_class=self.asked_class if self.asked_class != self.request.slo_class else "",
+            degraded=self.degraded,
+            ttft_slo_s=self.request.claim.ttft_slo_s,
+            tpot_slo_s=self.request.claim.tpot_slo_s,
         )
 
     def trace(self, timing: Timing, failure: str | None = None) -> Trace:

@@ -80,6 +80,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag("gateway.host", "--host", "ADDRESS"),
     Flag("gateway.port", "--port", "PORT"),
     Flag("gateway.api_key", "--api-key", "KEY"),
+    # scheduler
+    Flag("scheduler.policy", "--scheduling-policy"),
+    Flag("scheduler.tenants_file", "--tenants", "FILE"),
     # transfer
     Flag("transfer.transport", "--kv-transport"),
 )

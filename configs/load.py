@@ -17,8 +17,10 @@ from typing import Any
 import msgspec
 import yaml
 
+from configs.check import check
 from configs.flags import BY_KEY
-from configs.schema import BYTE_KEYS, KEYS, REFUSALS, SECRET_KEYS, SECTIONS, Config, Key, check
+from configs.lists import Item, Raw, further_models, items_in, items_of, overflow_servers
+from configs.schema import BYTE_KEYS, KEYS, LISTS, REFUSALS, SECRET_KEYS, SECTIONS, Config, Key
 from protocol.errors import ConfigError
 
 DEFAULT_PRESET = "general"
@@ -29,8 +31,6 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "
 # Kubernetes writes TANDEM_GATEWAY_PORT=tcp://10.0.0.7:80 into every pod beside a Service called tandem-gateway.
 _SERVICE_LINK_NAME = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
 _SERVICE_LINK_VALUE = re.compile(r"^(tcp|udp|sctp)://")
-
-Raw = tuple[Any, str, bool]  # value, where it came from, whether it is text still to be parsed
 
 
 class Resolved(msgspec.Struct, frozen=True):
@@ -46,14 +46,23 @@ class Resolved(msgspec.Struct, frozen=True):
         return "********" if key in SECRET_KEYS and value is not None else value
 
     def rows(self) -> list[tuple[str, Any, str]]:
-        """(key, printable value, where it came from), in the order of the schema."""
-        return [(key, self.shown(key), self.provenance[key]) for key in KEYS]
+        """(key, printable value, where it came from), in the order of the schema; of the lists, what was given."""
+        rows = [(key, self.shown(key), self.provenance[key]) for key in KEYS]
+        for key, origin in self.provenance.items():
+            name, *path = key.split(".")
+            if name in LISTS:
+                value: Any = getattr(self.config, name)[int(path[0])]
+                for step in path[1:]:
+                    value = getattr(value, step)
+                rows.append((key, value, origin))
+        return rows
 
 
 def presets() -> list[str]:
     """Names of the presets that are shipped."""
     folder = resources.files("configs")
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    names = (item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(name for name in names if "." not in name)  # tenants.example.yaml is none
 
 
 def env_name(key: str) -> str:
@@ -67,8 +76,11 @@ def load(
     env: Mapping[str, str] | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
+    also: Sequence[str] = (),
+    overflow: Sequence[str] = (),
 ) -> Resolved:
-    """Resolve everything. `flags`: key -> text or value; `sets`: "section.name=value", the last one wins.
+    """Resolve everything. `flags`: key -> text or value; `sets`: "section.name=value", the last one wins. also, overflow: as
+    `configs/lists.py` says; they come after the file's.
 
     Raises ConfigError that names the key, the value and, for an unknown key, its nearest neighbour.
     """
@@ -76,9 +88,12 @@ def load(
     preset = preset or env.get("TANDEM_PRESET") or DEFAULT_PRESET
     file = file or env.get("TANDEM_CONFIG") or None
     raw: dict[str, Raw] = {}
+    lists: dict[str, list[Item]] = {name: [] for name in LISTS}
     raw |= _from_preset(preset)
     if file is not None:
-        raw |= _from_file(Path(file))
+        raw |= _from_file(Path(file), lists)
+    lists["also"] += items_of(also, "also")
+    lists["overflow"] += items_of(overflow, "overflow")
     raw |= _from_env(env)
     raw |= _from_flags(flags or {})
     raw |= _from_sets(sets)
@@ -93,7 +108,11 @@ def load(
             provenance[key] = origin
         else:
             provenance[key] = "default"
-    config = msgspec.convert(values, Config)
+    models, origins = further_models(lists["also"], values, convert)
+    servers, more_origins = overflow_servers(lists["overflow"])
+    provenance |= origins | more_origins
+    config = msgspec.convert({**values, "also": models}, Config)
+    config = msgspec.structs.replace(config, overflow=tuple(servers))
     check(config)
     return Resolved(config, provenance, _notes(config, provenance))
 
@@ -127,7 +146,7 @@ def unknown_key(key: str, origin: str) -> ConfigError:
         by_name = {k.split(".")[1]: k for k in names}
         close = difflib.get_close_matches(name or section, list(by_name), 1, 0.6)
         found = [by_name[close[0]]] if close else []
-    hint = f"; did you mean {found[0]}?" if found else f"; the sections are {', '.join(SECTIONS)}."
+    hint = f"; did you mean {found[0]}?" if found else f"; the sections are {', '.join(SECTIONS)}, the lists {' and '.join(LISTS)}."
     return ConfigError(f"unknown key {key} ({origin}){hint} `tandem config show` lists every key", param=key)
 
 
@@ -194,13 +213,15 @@ def _from_preset(name: str) -> dict[str, Raw]:
     return {key: (value, f"preset {name}", False) for key, (value, _) in _read_yaml(text, f"preset {name}").items()}
 
 
-def _from_file(path: Path) -> dict[str, Raw]:
+def _from_file(path: Path, lists: dict[str, list[Item]]) -> dict[str, Raw]:
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"cannot read the configuration file {path}: {reason}", param="--config") from None
     found = _read_yaml(text, f"file {path}")
+    for name in LISTS:
+        lists[name] += items_in(text, name, str(path))
     return {key: (value, f"file {path}:{line}", False) for key, (value, line) in found.items()}
 
 
@@ -212,6 +233,8 @@ def _read_yaml(text: str, where: str) -> dict[str, tuple[Any, int]]:
             return {}
         found: dict[str, tuple[Any, int]] = {}
         for section, body in _pairs(root, where):
+            if section.value in LISTS:
+                continue
             if section.value not in SECTIONS:
                 raise unknown_key(str(section.value), f"{where}:{section.start_mark.line + 1}")
             if isinstance(body, yaml.ScalarNode) and body.tag == "tag:yaml.org,2002:null":

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from protocol.errors import ConfigError
 from protocol.parallel import Parallel
 
-SECRET_KEYS = frozenset({"gateway.api_key", "gateway.tenant_keys"})  # never printed
+SECRET_KEYS = frozenset({"gateway.api_key"})  # never printed
 # These also take "512MiB".
 BYTE_KEYS = frozenset({"model.kv_cache_bytes", "model.host_cache_bytes", "gateway.max_body_bytes", "scheduler.max_queue_bytes"})
 
@@ -68,6 +68,12 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class PrefillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The prefill pool."""
 
+    min_replicas: Annotated[
+        CountOrAuto | None, says("fewest prefill workers when pools are sized to their load; none: replicas")
+    ] = None
+    max_replicas: Annotated[CountOrAuto | None, says("most of them; none: replicas, so the pool keeps its size")] = None
+    price_per_hour: Annotated[Price, says("money for an hour of a prefill worker")] = 0.0
+    is_spot: Annotated[bool, says("prefill workers may be taken away at short notice")] = False
     replicas: Annotated[CountOrAuto, says("prefill workers; 0: decode workers prefill for themselves")] = 1
     max_num_batched_tokens: Annotated[Count, says("prompt tokens in one prefill step")] = 512
     max_num_seqs: Annotated[Count, says("prompts in one prefill step")] = 16
@@ -79,10 +85,24 @@ class PrefillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     def parallel(self) -> Parallel:
         return Parallel(self.tp, self.pp)
 
+    @property
+    def fewest(self) -> int:
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most(self) -> int:
+        return self.replicas if self.max_replicas is None else self.max_replicas
+
 
 class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The decode pool."""
 
+    min_replicas: Annotated[
+        CountOrAuto | None, says("fewest decode workers when pools are sized to their load; none: replicas")
+    ] = None
+    max_replicas: Annotated[CountOrAuto | None, says("most of them; none: replicas, so the pool keeps its size")] = None
+    price_per_hour: Annotated[Price, says("money for an hour of a decode worker")] = 0.0
+    is_spot: Annotated[bool, says("decode workers may be taken away at short notice")] = False
     replicas: Annotated[Count, says("decode workers")] = 1
     max_num_seqs: Annotated[Count, says("sequences in one decode step")] = 64
     max_num_batched_tokens: Annotated[Count, says("tokens in one decode step, prompts it prefills itself included")] = 256
@@ -95,6 +115,14 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def parallel(self) -> Parallel:
         return Parallel(self.tp, self.pp)
 
+    @property
+    def fewest(self) -> int:
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most(self) -> int:
+        return self.replicas if self.max_replicas is None else self.max_replicas
+
 
 class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP door and its deadlines."""
@@ -103,9 +131,6 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     port: Annotated[int, Meta(ge=1, le=65535), says("port of the OpenAI-compatible endpoint")] = 8000
     replicas: Annotated[Count, says("gateway processes")] = 1
     api_key: Annotated[str | None, says("clients send it as bearer token; in TANDEM_GATEWAY_API_KEY `ps` cannot see it")] = None
-    tenant_keys: Annotated[
-        str | None, says("bearer tokens of tenants, NAME=KEY,NAME=KEY; then api_key is the operators', who alone see everybody's")
-    ] = None
     max_body_bytes: Annotated[Bytes, says("largest HTTP body")] = 32 * 2**20
     request_timeout_s: Annotated[Seconds, says("a request, door to door, then 504")] = 3600.0
     keep_alive_s: Annotated[Seconds, says("an idle HTTP connection stays open")] = 30.0
@@ -124,7 +149,11 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Order, admission, placement, liveness, and the promise."""
 
-    policy: Annotated[Literal["fcfs"], says("order of the queue")] = "fcfs"
+    policy: Annotated[
+        Literal["fcfs", "priority", "fair", "slo"],
+        says("order of the queue: arrival; bands; bands, then tenants' fair shares; the same, then deadlines that can be kept"),
+    ] = "slo"
+    tenants_file: Annotated[str | None, says("YAML with classes and tenants, read again when it changes; none: one of each")] = None
     max_queue_requests: Annotated[Count, says("waiting requests, then 429 or 503")] = 1024
     max_queue_tokens: Annotated[int, Meta(ge=1, le=10**12), says("prompt tokens waiting, then 429 or 503")] = 4_000_000
     max_queue_bytes: Annotated[Bytes, says("memory of what waits, then 429 or 503")] = 256 * 2**20
@@ -140,6 +169,17 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 20.0
     ttft_target_s: Annotated[Seconds, says("the promise: time to first token")] = 2.0
     tpot_target_s: Annotated[Seconds, says("the promise: time per output token; decode workers are filled up to it")] = 0.2
+    retry_budget: Annotated[
+        float, Meta(ge=0, le=1), says("share of admitted requests that may be clients' own retries while requests are refused")
+    ] = 0.2
+    max_deflected_share: Annotated[
+        float, Meta(ge=0, le=1), says("share of a decode worker's step time that prompts deflected to it may take; 0: none are")
+    ] = 0.5
+    max_decisions: Annotated[Count, says("decisions kept for `tandem explain`")] = 10_000
+    scale_up_s: Annotated[Seconds, says("a sized pool grows when it has been short for so long")] = 5.0
+    scale_down_s: Annotated[Seconds, says("a sized pool shrinks to the most it needed within so long")] = 120.0
+    switch_roles: Annotated[bool, says("let a worker change its role when one pool is short for long and the other is not")] = False
+    switch_cooldown_s: Annotated[Seconds, says("between two changes of roles")] = 60.0
     attainment_target: Annotated[float, Meta(gt=0, le=0.99999), says("the promise: share of requests that keep both times")] = 0.99
     input_price: Annotated[Price | None, says("money for a million prompt tokens, in SLA reports; none: no cost is shown")] = None
     cached_price: Annotated[Price | None, says("the same for prompt tokens from a cache; none: as others")] = None
@@ -159,8 +199,34 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     verify: Annotated[Literal[True], says("check every block's digest before decode reads it")] = True
 
 
+class AlsoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A further model on the same cluster, with pools of its own. What it does not say is as for the first, where `INHERITED` has
+    it."""
+
+    model: ModelConfig
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+
+class OverflowConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An OpenAI-compatible server (vLLM, SGLang, Ollama...) that takes what this cluster's own workers cannot take in time."""
+
+    url: Annotated[Text, says("up to and with /v1, as OpenAI clients take it")]
+    model: Annotated[str | None, says("its name there; none: as here")] = None
+    serves: Annotated[str | None, says("which of the models here it stands in for; none: the first")] = None
+    key_env: Annotated[str | None, says("the environment variable that holds its API key, on every machine")] = None
+    max_num_seqs: Annotated[Count, says("requests that it is given at once")] = 8
+    max_len: Annotated[Count | None, says("tokens of prompt and output together; none: as here")] = None
+    price_per_hour: Annotated[Price, says("money for an hour of it")] = 0.0
+    timeout_s: Annotated[Seconds, says("silence of it, then the request is tried elsewhere")] = 30.0
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything that can be set. Frozen; sent to every process as it is."""
+    """Everything that can be set. Frozen; sent to every process as it is.
+
+    A process that serves one of several models gets `each()`'s configuration of it: that model's sections stand first, and the
+    others in `also`, because all of them share the machine.
+    """
 
     model: ModelConfig = ModelConfig()
     prefill: PrefillConfig = PrefillConfig()
@@ -168,6 +234,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gateway: GatewayConfig = GatewayConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     transfer: TransferConfig = TransferConfig()
+    also: tuple[AlsoConfig, ...] = ()
+    overflow: tuple[OverflowConfig, ...] = ()
 
     def get(self, key: str) -> Any:
         """The value of `section.name`."""
@@ -178,25 +246,96 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The sizes of the group of ranks that one worker of this role is."""
         return self.decode.parallel if role == "decode" else self.prefill.parallel
 
+    # ---- models and pools ----
+
+    def each(self) -> tuple[Config, ...]:
+        """One configuration for each model, the first one's first."""
+        if not self.also:
+            return (self,)
+        mine = AlsoConfig(model=self.model, prefill=self.prefill, decode=self.decode)
+        everybody = (mine, *self.also)
+        return tuple(
+            msgspec.structs.replace(
+                self, model=one.model, prefill=one.prefill, decode=one.decode, also=everybody[:i] + everybody[i + 1 :]
+            )
+            for i, one in enumerate(everybody)
+        )
+
+    @property
+    def served_name(self) -> str:
+        """What clients call this model, and what its workers register."""
+        return self.model.served_name or self.model.name
+
+    @property
+    def label(self) -> str:
+        """The same, short enough for names of workers and deployments."""
+        return label_of(self.model)
+
+    @property
+    def prefix(self) -> str:
+        """Before the names of this model's workers; nothing where there is one model."""
+        return f"{self.label}/" if self.also else ""
+
+    def pool(self, role: str) -> PrefillConfig | DecodeConfig:
+        return self.decode if role == "decode" else self.prefill
+
     @property
     def roles(self) -> tuple[str, ...]:
-        """Those that have a worker."""
-        return ("decode", "prefill") if self.prefill.replicas else ("decode",)
+        """Those of this model that have a worker, now or when the pool grows."""
+        return ("decode", "prefill") if self.prefill.most else ("decode",)
+
+    @property
+    def is_sized(self) -> bool:
+        """Some pool of some model follows its load."""
+        return any(pool.fewest < pool.most for one in self.each() for pool in (one.prefill, one.decode))
 
     @property
     def num_workers(self) -> int:
-        return self.prefill.replicas + self.decode.replicas
+        """Of all models, when every pool is as large as it may be: so many share the machine."""
+        return self.prefill.most + self.decode.most + sum(one.prefill.most + one.decode.most for one in self.also)
 
     @property
     def num_ranks(self) -> int:
-        """Processes of all workers together."""
-        return self.prefill.replicas * self.prefill.parallel.num_ranks + self.decode.replicas * self.decode.parallel.num_ranks
+        """Processes of all those workers."""
+        pools = [(self.prefill, self.decode), *((one.prefill, one.decode) for one in self.also)]
+        return sum(pool.most * pool.parallel.num_ranks for pair in pools for pool in pair)
+
+
+def label_of(model: ModelConfig) -> str:
+    name = (model.served_name or model.name).rstrip("/").rsplit("/", 1)[-1].removeprefix("modelscope:")
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name)[:32].strip("-") or "model"
+
+
+# Keys of a further model that are as the first one's where it does not say otherwise: what the machine and its owner are like, not
+# what the model is or how large its pools are.
+INHERITED = frozenset(
+    {
+        *(f"model.{name}" for name in ("device", "block_size", "kv_cache_bytes", "host_cache_bytes", "gpu_memory_utilization")),
+        *(f"model.{name}" for name in ("enable_prefix_caching", "seed")),
+        *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("max_num_batched_tokens", "max_num_seqs")),
+        *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("num_threads", "price_per_hour", "is_spot")),
+        "decode.enable_chunked_prefill",
+    }
+)
+
+
+def with_inherited(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The raw document of a configuration, its further models filled up from the first."""
+    also = []
+    for one in raw.get("also") or ():
+        if not isinstance(one, dict):
+            return dict(raw)  # whoever converts it says what is wrong
+        filled = dict(one)
+        for section in ("model", "prefill", "decode"):
+            first, own = raw.get(section) or {}, one.get(section) or {}
+            filled[section] = {name: value for name, value in first.items() if f"{section}.{name}" in INHERITED} | own
+        also.append(filled)
+    return {**raw, "also": also} if also else dict(raw)
 
 
 # Known values of other systems that are refused with a reason rather than a list of choices.
 REFUSALS = {
     "model.quantization": "weights run as they are stored; quantized weights are not built yet",
-    "scheduler.policy": "only fcfs (first come, first served) is built",
     "transfer.verify": "KV that nobody verified is never read, so this cannot be switched off",
 }
 
@@ -263,14 +402,17 @@ def _all_keys() -> dict[str, Key]:
     keys: dict[str, Key] = {}
     root: Any = msgspec.inspect.type_info(Config)
     for section in root.fields:
+        if section.name in LISTS:
+            continue
         for field in section.type.fields:
             key = _describe(section.name, field)
             keys[key.name] = key
     return keys
 
 
+LISTS = ("also", "overflow")  # of the document: not sections with keys, but lists
 KEYS: dict[str, Key] = _all_keys()
-SECTIONS: tuple[str, ...] = Config.__struct_fields__
+SECTIONS: tuple[str, ...] = tuple(name for name in Config.__struct_fields__ if name not in LISTS)
 
 
 def is_loopback(host: str) -> bool:
@@ -281,60 +423,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def tenants_of(gateway: GatewayConfig) -> dict[str, str]:
-    """gateway.tenant_keys as key -> tenant. Raises ConfigError, which shows no key."""
-    found: dict[str, str] = {}
-    for pair in (gateway.tenant_keys or "").split(","):
-        name, _, key = (part.strip() for part in pair.partition("="))
-        if not pair.strip():
-            continue
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) or not key.isascii() or not key or name == "default":
-            raise ConfigError("gateway.tenant_keys is NAME=KEY,NAME=KEY; a name has a-z, 0-9, - and _", param="gateway.tenant_keys")
-        if key in found or key == gateway.api_key:
-            raise ConfigError(f"gateway.tenant_keys: the key of {name} is another's already", param="gateway.tenant_keys")
-        found[key] = name
-    return found
-
-
-def check(config: Config) -> None:
-    """What no single key can tell. Raises ConfigError that names the keys and values at odds."""
-    gateway, decode, model = config.gateway, config.decode, config.model
-    if not is_loopback(gateway.host) and not gateway.api_key:
-        raise ConfigError(
-            f"gateway.host {gateway.host} can be reached from other machines, and there is no gateway.api_key; set "
-            "TANDEM_GATEWAY_API_KEY (or --api-key), or listen on 127.0.0.1",
-            param="gateway.api_key",
-        )
-    if gateway.api_key is not None and (not gateway.api_key.strip() or not gateway.api_key.isascii()):
-        raise ConfigError("gateway.api_key must be printable ASCII and not blank", param="gateway.api_key")
-    if tenants_of(gateway) and gateway.api_key is None:
-        raise ConfigError(
-            "gateway.tenant_keys wants gateway.api_key beside it, for those who look after all", param="gateway.api_key"
-        )
-    if decode.max_num_batched_tokens < decode.max_num_seqs:
-        raise ConfigError(
-            f"decode.max_num_batched_tokens {decode.max_num_batched_tokens} is below decode.max_num_seqs "
-            f"{decode.max_num_seqs}: a step has one token for each sequence; raise the first or lower the second",
-            param="decode.max_num_batched_tokens",
-        )
-    if model.host_cache_bytes:
-        if not model.enable_prefix_caching:
-            raise ConfigError(
-                "model.host_cache_bytes keeps prefixes that the prefix cache evicts, and model.enable_prefix_caching is false",
-                param="model.host_cache_bytes",
-            )
-        if max(config.prefill.parallel.num_ranks, decode.parallel.num_ranks) > 1:
-            raise ConfigError(
-                "model.host_cache_bytes is built for workers of one rank: the ranks of a group (tp or pp above 1) do not store and "
-                "restore together yet; leave it at 0",
-                param="model.host_cache_bytes",
-            )
-    whole = not decode.enable_chunked_prefill and model.max_len is not None
-    if whole and decode.max_num_batched_tokens < (model.max_len or 0):
-        raise ConfigError(
-            "decode.enable_chunked_prefill is false, so a prompt must fit into one step: decode.max_num_batched_tokens "
-            f"{decode.max_num_batched_tokens} is below model.max_len {model.max_len}",
-            param="decode.max_num_batched_tokens",
-        )

@@ -104,6 +104,16 @@ class Handover:
         """Of grants that are over: in quarantine, or being read once more."""
         return sum(len(blocks) for blocks in self._held.values())
 
+    @property
+    def num_owed(self) -> int:
+        """Words that a writer still waits for: none, as whoever writes here speaks first."""
+        return 0
+
+    def close(self) -> None:
+        """This life of the worker is over while its process lives on, and nothing is held: no store comes in any more."""
+        self._receivers.close()
+        self.writers.close()
+
     def handshake(self, peer: Peer, message: Handshake) -> HandshakeAccepted:
         """Raises IncompatibleWorkers with both values of what differs, HandshakeRefused when no transport is left."""
         return self.writers.handshake(peer, message)

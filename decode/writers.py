@@ -97,6 +97,11 @@ class Writers:
         void = tuple(self._void.get(message.incarnation, ()))
         return HandshakeAccepted(self._incarnation, place.layout, endpoints[name], place.parallel, void, TRANSPORTS[name].digest)
 
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._writers.clear()
+
     def take_dead(self) -> list[str]:
         """Incarnations that were seen to die; they are forgotten here."""
         dead = [incarnation for incarnation, writer in self._writers.items() if writer.is_dead]

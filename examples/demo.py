@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from bench.client import Client, Sample
 from bench.load import Lengths, gaps
+from configs.tenants import hash_key
 from models.toy import toy_answer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,9 +56,13 @@ TENANTS = (
     Tenant("initech", "a batch job, well behaved until it is not", 0.5, Lengths(60, 200), Lengths(250, 600)),
 )
 FLOOD = 50.0  # times as many, from the third tenant
-
-
 QUEUE = 24  # requests; what comes beyond is refused, with the reason
+TENANT_CLASSES = {"acme": "interactive", "globex": "standard", "initech": "batch"}
+CLASSES = """classes:
+  interactive: {ttft_s: 2, tpot_s: 0.2, band: 0, when_late: queue}
+  standard: {ttft_s: 4, tpot_s: 0.3, band: 1, when_late: queue}
+  batch: {ttft_s: 60, tpot_s: 1, attainment: 0.9, band: 2, when_late: queue}
+"""
 
 
 class Asked(NamedTuple):
@@ -82,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     keys = {tenant.name: f"sk-{tenant.name}-{secrets.token_hex(6)}" for tenant in TENANTS}
     operator = f"sk-operator-{secrets.token_hex(6)}"
     with tempfile.TemporaryDirectory(prefix="tandem-demo-") as folder:
-        server = _start(port, operator, keys, Path(folder) / "serve.log")
+        server = _start(port, operator, _write_tenants(Path(folder), keys), Path(folder) / "serve.log")
         try:
             _wait(server, port, Path(folder) / "serve.log")
             say(f"dashboard   http://127.0.0.1:{port}/dashboard#key={operator}")
@@ -120,14 +125,24 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _start(port: int, operator: str, keys: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-    """The keys go through the environment, where `ps` cannot see them."""
-    pairs = ",".join(f"{name}={key}" for name, key in keys.items())
-    env = {**os.environ, "TANDEM_GATEWAY_API_KEY": operator, "TANDEM_GATEWAY_TENANT_KEYS": pairs}
+def _write_tenants(folder: Path, keys: dict[str, str]) -> Path:
+    """Classes and tenants; the keys themselves stand nowhere."""
+    rows = [
+        f"  {name}: {{api_keys: [{hash_key(key)}], class: {TENANT_CLASSES[name]}, price: {{input: 0.2, output: 0.8}}}}"
+        for name, key in keys.items()
+    ]
+    path = folder / "tenants.yaml"
+    path.write_text(CLASSES + "\n".join(["tenants:", *rows]) + "\n")
+    return path
+
+
+def _start(port: int, operator: str, tenants: Path, log: Path) -> subprocess.Popen[bytes]:
+    """The operator's key goes through the environment, where `ps` cannot see it."""
+    env = {**os.environ, "TANDEM_GATEWAY_API_KEY": operator}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
     words = ["serve", "toy", "--prefill", "1", "--decode", "2", "--max-num-seqs", "8", "--port", str(port)]
     words += ["--kv-cache-memory-bytes", "32MiB", "--set", f"scheduler.max_queue_requests={QUEUE}"]
-    words += ["--set", "scheduler.input_price=0.2", "--set", "scheduler.output_price=0.8"]
+    words += ["--tenants", str(tenants)]
     say("starting    one prefill worker, two decode workers (tandem serve toy)")
     with log.open("wb") as out:
         command = [sys.executable, "-m", "cluster", *words]

@@ -1,6 +1,6 @@
 """Two tenants of one server, each with a key of its own; what each was promised and got is told apart.
 
-TANDEM_GATEWAY_API_KEY=sk-all TANDEM_GATEWAY_TENANT_KEYS=acme=sk-acme,globex=sk-globex make serve
+TANDEM_GATEWAY_API_KEY=sk-all make serve ARGS="--tenants configs/tenants.example.yaml"
 TANDEM_API_KEY=sk-all python -m examples.two_tenants
 """
 

@@ -80,6 +80,15 @@ class Handover:
     def is_idle(self) -> bool:
         return not self._jobs and not self._background
 
+    @property
+    def num_owed(self) -> int:
+        """Decode workers that may still wait for our word."""
+        return self.links.num_owed
+
+    def close(self) -> None:
+        """This life of the worker is over while its process lives on, and nothing is under way: its senders end."""
+        self.links.close()
+
     # ---- a grant's life --------------------------------------------------------------------------------------------
 
     async def open(self, job: Job) -> None:

@@ -170,6 +170,11 @@ class Links:
         if link.is_leaving and link.num_jobs == 0:
             link.sender.close()
 
+    def close(self) -> None:
+        for link in self._links.values():
+            link.sender.close()
+        self._links.clear()
+
     def lost(self, peer: Peer) -> None:
         """A connection broke, whoever was at its other end."""
         for incarnation, link in list(self._links.items()):

@@ -12,12 +12,13 @@ import msgspec
 
 
 class Failure(msgspec.Struct, frozen=True, tag="failure"):
-    """An error on the wire. `kind` is the class name; `retry_after` is in seconds."""
+    """An error on the wire. `kind` is the class name; `retry_after` is in seconds; `reason` is one of the scheduler's words."""
 
     kind: str
     message: str
     param: str | None = None
     retry_after: float | None = None
+    reason: str = ""
 
 
 class TandemError(Exception):
@@ -25,6 +26,7 @@ class TandemError(Exception):
 
     http_status: what a client sees. retryable: the same request may succeed elsewhere or later.
     param: the field, flag or configuration key at fault. retry_after: seconds, computed, never a constant guess.
+    reason: why the scheduler refused, one word of `cluster.metric_table.REJECTIONS`; "" where it did not.
     """
 
     http_status: ClassVar[int] = 500
@@ -37,6 +39,7 @@ class TandemError(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.reason = ""
 
 
 class InvalidRequest(TandemError):
@@ -68,6 +71,20 @@ class NotFound(TandemError):
     code = "model_not_found"
 
 
+class Forbidden(InvalidRequest):
+    """403: the key is good, and not for this."""
+
+    http_status = 403
+    code = "forbidden"
+    error_type = "permission_error"
+
+
+class ModelForbidden(Forbidden):
+    """403: the model is served here, and not to this tenant."""
+
+    code = "model_not_found"  # as OpenAI has it
+
+
 class BodyTooLarge(TandemError):
     """The body is larger than gateway.max_body_bytes."""
 
@@ -82,6 +99,14 @@ class TenantOverLimit(TandemError):
     http_status = 429
     error_type = "rate_limit_error"
     code = "rate_limit_exceeded"
+    retryable = True
+
+
+class TenantsChanged(TandemError):
+    """503: the tenants file changed while this request was on its way; it is judged once more, under the new one."""
+
+    http_status = 503
+    code = "tenants_changed"
     retryable = True
 
 
@@ -141,6 +166,14 @@ class Draining(ReservationRefused):
     """This worker is about to go and takes nothing new; another one does, at once."""
 
     code = "worker_draining"
+
+
+class CannotServe(Draining):
+    """501: this worker can never serve such a request (an overflow server without that sampling parameter); another one may."""
+
+    http_status = 501
+    error_type = "not_implemented_error"
+    code = "worker_cannot"
 
 
 class TransferFailed(TandemError):
@@ -203,10 +236,12 @@ def to_failure(error: BaseException) -> Failure:
     """
     if isinstance(error, TandemError):
         kind = next(cls.__name__ for cls in type(error).__mro__ if _BY_NAME.get(cls.__name__) is cls)
-        return Failure(kind, error.message, error.param, error.retry_after)
+        return Failure(kind, error.message, error.param, error.retry_after, error.reason)
     return Failure("InternalError", f"internal error ({type(error).__name__}); the worker's log has the details")
 
 
 def from_failure(failure: Failure) -> TandemError:
     cls = _BY_NAME.get(failure.kind, InternalError)
-    return cls(failure.message, param=failure.param, retry_after=failure.retry_after)
+    error = cls(failure.message, param=failure.param, retry_after=failure.retry_after)
+    error.reason = failure.reason
+    return error

@@ -1,4 +1,7 @@
-"""What the gateway's walk yields for one request. Exactly one of `Finished` and `Failed` comes, and comes last."""
+"""What the gateway's walk yields for one request. Exactly one of `Finished` and `Failed` comes, and comes last.
+
+`Placed` comes first, once, where somebody waits for it: the request's class may degrade, or this one was degraded.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,13 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...] = ()
+
+
+class Placed(msgspec.Struct, frozen=True):
+    """It has its first ticket. degraded: what was taken off, in words; "" for nothing. model: another one than was asked for."""
+
+    degraded: str = ""
+    model: str = ""
 
 
 class PromptScored(msgspec.Struct, frozen=True):
@@ -55,10 +65,11 @@ class Usage(msgspec.Struct, frozen=True):
 class Finished(msgspec.Struct, frozen=True):
     usage: Usage
     timing: Timing
+    degraded: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True):
     failure: Failure
 
 
-Event = PromptScored | Tokens | Finished | Failed
+Event = Placed | PromptScored | Tokens | Finished | Failed

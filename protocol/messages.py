@@ -30,6 +30,9 @@ class Admit(msgspec.Struct, frozen=True, tag="admit", kw_only=True):
     prefix_hashes: chained hashes of the prompt's whole hash-blocks. excluded: incarnations that just failed it.
     resumption: it was running and goes to the head of the queue. deadline_s: give up after so long in the queue.
     local_prefill: the decode worker must prefill by itself (choices that already differ cannot share one prefill).
+    ttft_slo_s, tpot_slo_s: the request's own promise, never looser than its class's; none: the class's. is_retry: the client
+    says that it was refused before. waited_s: since the gateway has had it, which its promise counts too. keeps_model: its tokens
+    mean nothing to the model that its class would fall back to. tenants_version: of the file under which its rights were judged.
     """
 
     request_id: str
@@ -47,6 +50,12 @@ class Admit(msgspec.Struct, frozen=True, tag="admit", kw_only=True):
     last_epoch: int = 0
     deadline_s: float = 600.0
     client_id: str = ""  # for people who look for it
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    is_retry: bool = False
+    waited_s: float = 0.0
+    keeps_model: bool = False
+    tenants_version: str = ""
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
@@ -64,7 +73,11 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Outcome(msgspec.Struct, frozen=True, tag="outcome", kw_only=True):
-    """The gateway alone tells how a request ended. kind: "finished" | "failed" | "cancelled"."""
+    """The gateway alone tells how a request ended. kind: "finished" | "failed" | "cancelled".
+
+    slo_class: whose promise it had in the end; asked_class: another one, when it was degraded out of that. degraded: as the ticket
+    said. ttft_slo_s, tpot_slo_s: as in Admit, its own promise beside its class's.
+    """
 
     request_id: str
     epoch: int
@@ -81,6 +94,10 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome", kw_only=True):
     failure_kind: str = ""
     finish_reason: str = ""  # of the first choice, when finished: "stop" | "length"
     trace: Trace | None = None
+    asked_class: str = ""
+    degraded: str = ""
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
 
     @property
     def was_refused(self) -> bool:
@@ -89,10 +106,36 @@ class Outcome(msgspec.Struct, frozen=True, tag="outcome", kw_only=True):
 
 
 class GatewayBeat(msgspec.Struct, frozen=True, tag="gateway_beat"):
-    """I am alive, and these requests are mine as (request_id, epoch). -> Ok. Missing beats free what the gateway held."""
+    """I am alive, and these requests are mine as (request_id, epoch). -> Ok, or TenantsVersion where the cluster has a tenants
+    file. Missing beats free what the gateway held. tenants_version: of the file that it goes by; "" without one."""
 
     gateway_id: str
     in_flight: tuple[tuple[str, int], ...]
+    tenants_version: str = ""
+
+
+class TenantsVersion(msgspec.Struct, frozen=True, tag="tenants_version"):
+    """Which version of the tenants file is in force; "" while none is, as the file cannot be used: then `OfferTenants` helps."""
+
+    version: str
+
+
+class AskTenants(msgspec.Struct, frozen=True, tag="ask_tenants"):
+    """-> TenantsInForce; Failure("Overloaded") while the scheduler has none."""
+
+
+class TenantsInForce(msgspec.Struct, frozen=True, tag="tenants_in_force"):
+    """The tenants file as it was taken, all of it. loaded: unix seconds. tenants: configs.tenants.Tenants as msgpack."""
+
+    version: str
+    loaded: float
+    tenants: bytes
+
+
+class OfferTenants(msgspec.Struct, frozen=True, tag="offer_tenants"):
+    """A gateway to a scheduler that was restarted and cannot use the file: what was in force before. -> Ok"""
+
+    offered: TenantsInForce
 
 
 class AskStatus(msgspec.Struct, frozen=True, tag="ask_status"):
@@ -107,7 +150,7 @@ class AskHistory(msgspec.Struct, frozen=True, tag="ask_history", kw_only=True):
     """-> Status: one document of `cluster/history.py`; Failure("NotFound") for a request that it does not know.
 
     what: "snapshot" (with the hour's series) | "tick" (with its newest point) | "requests" (tenant, state, limit) |
-    "request" (request_id, which may be the client's own) | "sla" (window_s).
+    "request" | "decision" (request_id, which may be the client's own) | "sla" (window_s).
     """
 
     what: str
@@ -116,6 +159,20 @@ class AskHistory(msgspec.Struct, frozen=True, tag="ask_history", kw_only=True):
     request_id: str = ""
     limit: int = 100
     window_s: float = 300.0
+
+
+class Notice(msgspec.Struct, frozen=True, tag="notice"):
+    """A machine goes away in so many seconds. worker: the name of a worker, or a host's: all workers there. -> Noticed;
+    Failure("NotFound")"""
+
+    worker: str
+    seconds: float
+
+
+class Noticed(msgspec.Struct, frozen=True, tag="noticed"):
+    """Who was told, by name."""
+
+    workers: tuple[str, ...]
 
 
 class Metrics(msgspec.Struct, frozen=True, tag="metrics"):
@@ -151,6 +208,10 @@ class WorkerInfo(msgspec.Struct, frozen=True, tag="worker_info", kw_only=True):
     can_prefill: bool = True
     parallel: Parallel = ALONE
     rank_pids: tuple[int, ...] = ()  # of its ranks, in their order; pid is the first of them
+    max_num_batched_tokens: int = 0  # of one step; 0: not told
+    price_per_hour: float = 0.0
+    is_spot: bool = False
+    is_overflow: bool = False  # takes only what no other worker can take in time
 
 
 class PairStats(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -221,6 +282,23 @@ class WorkerPhase(msgspec.Struct, frozen=True, tag="worker_phase"):
     phase: str
     detail: str
     elapsed_s: float
+
+
+# ---- scheduler -> worker -------------------------------------------------------------------------------------------
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """Your machine goes away in so many seconds: take nothing new, end or hand over what runs, then end. -> Ok, at once"""
+
+    seconds: float
+
+
+class SwitchRole(msgspec.Struct, frozen=True, tag="switch_role"):
+    """Drain, then come back in the other role with the same model, as another incarnation. -> Ok, at once; Failure when it
+    cannot."""
+
+    incarnation: str
+    role: str
 
 
 # ---- gateway -> worker ---------------------------------------------------------------------------------------------
@@ -352,14 +430,22 @@ Message = (
     | Progress
     | Outcome
     | GatewayBeat
+    | TenantsVersion
+    | AskTenants
+    | TenantsInForce
+    | OfferTenants
     | AskStatus
     | Status
     | AskMetrics
     | AskHistory
+    | Notice
+    | Noticed
     | Metrics
     | WorkerInfo
     | WorkerBeat
     | WorkerPhase
+    | Leave
+    | SwitchRole
     | Reserve
     | Grant
     | Prefill

@@ -104,10 +104,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """What a request asked for within its tenant's rights. ttft_slo_s, tpot_slo_s: a promise of its own, tighter than its class's.
+    is_retry: its client was refused before. tenants_version: of the file under which the rights were judged."""
+
+    ttft_slo_s: float | None = None
+    tpot_slo_s: float | None = None
+    is_retry: bool = False
+    tenants_version: str = ""
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One client request after validation: token ids, never text. `sampling.max_tokens` is set; the gateway draws a missing seed.
 
     cache_salt: what keeps this tenant's prefix blocks apart from others'. max_total_len: prompt + output may not pass it.
+    claim: what it may ask for beyond its class; only the scheduler reads it.
     """
 
     request_id: str
@@ -120,6 +131,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: str = ""
     origin: Origin = Origin()
+    claim: Claim = Claim()
 
     @property
     def prompt_len(self) -> int:

@@ -28,13 +28,21 @@ class WorkerRef(msgspec.Struct, frozen=True):
 
 
 class Ticket(msgspec.Struct, frozen=True, tag="ticket"):
-    """Which workers serve which attempt of a request. prefill None: the decode worker prefills by itself."""
+    """Which workers serve which attempt of a request. prefill None: the decode worker prefills by itself.
+
+    degraded: what was taken off so that it could be served, in words for `x-tandem-degraded`; "" for nothing. Then slo_class,
+    max_tokens and model say what holds instead of what was asked for; their defaults: as asked.
+    """
 
     request_id: str
     epoch: int  # which attempt; only the scheduler mints it
     decode: WorkerRef
     prefill: WorkerRef | None
     predicted_ttft_s: float = 0.0
+    degraded: str = ""
+    slo_class: str = ""
+    max_tokens: int | None = None
+    model: str = ""
 
 
 class Grant(msgspec.Struct, frozen=True, tag="grant"):

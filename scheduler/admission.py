@@ -10,15 +10,24 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from protocol.errors import NoWorker, Overloaded, TandemError, TenantOverLimit
-from protocol.messages import Admit
+from protocol.errors import InvalidRequest, NoWorker, Overloaded, PromptTooLong, TandemError, TenantOverLimit
+from protocol.messages import Admit, WorkerInfo
 from scheduler.cost import OutputLength
-from scheduler.ledger import WorkerState
+from scheduler.ledger import WorkerState, blocks_to_reserve
 from scheduler.queue import Queue
 
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 600.0
 JITTER = 0.2
 START_UP_PRIOR_S = 20.0
+
+
+class Refusal(Exception):
+    """A request is turned away: the error, and its reason as the counters name it."""
+
+    def __init__(self, error: TandemError, reason: str) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.reason = reason
 
 
 class DrainRate:
@@ -75,15 +84,14 @@ def retry_after(seconds: float, draw: Callable[[], float]) -> float:
     return max(MIN_RETRY_S, min(MAX_RETRY_S, seconds)) * (1.0 + JITTER * draw())
 
 
-def overflowing(admit: Admit, queue: Queue, drain: float, draw: Callable[[], float]) -> tuple[TandemError, str] | None:
-    """The refusal of a request that a bounded queue cannot take, and its name in the counters; None when it can.
+def overflowing(
+    admit: Admit, queue: Queue, over: tuple[str, float], drain: float, draw: Callable[[], float]
+) -> tuple[TandemError, str]:
+    """The refusal of a request that a bounded queue cannot take, and its name in the counters. over: as `Queue.overflow` says.
 
     drain: seconds until the whole queue is placed. A tenant that holds more than its equal share of a queue which others
     wait in too is over its limit (429); otherwise the cluster is (503).
     """
-    over = queue.overflow(admit)
-    if over is None:
-        return None
     bound, fill = over
     after = retry_after(drain * (fill - 0.5) / fill, draw)
     limit = {"requests": queue.max_requests, "tokens": queue.max_tokens, "bytes": queue.max_bytes}[bound]
@@ -98,6 +106,36 @@ def overflowing(admit: Admit, queue: Queue, drain: float, draw: Callable[[], flo
     text = f"the queue is full: {len(queue)} requests with {queue.num_tokens} tokens wait"
     error = Overloaded(f"{text} (scheduler.max_queue_{bound} = {limit})", param=f"scheduler.max_queue_{bound}", retry_after=after)
     return error, f"queue_{bound}"
+
+
+def pushed_out(admit: Admit, by_higher_band: bool, drain: float, draw: Callable[[], float]) -> Refusal:
+    """A waiting request has to make room: for a higher band, or for a tenant that has less in the queue."""
+    after = retry_after(drain / 2, draw)
+    if by_higher_band:
+        text = f"the queue is full, and a class before {admit.slo_class} needed the room"
+        return Refusal(Overloaded(f"{text} (scheduler.max_queue_requests and its like)", retry_after=after), "shed")
+    text = f"the queue is full, and tenant {admit.tenant} has more in it than the one that came"
+    return Refusal(TenantOverLimit(f"{text} (scheduler.max_queue_requests and its like)", retry_after=after), "tenant_share")
+
+
+def check_it_fits(admit: Admit, largest: WorkerInfo) -> None:
+    """Raises InvalidRequest for what the largest decode worker's pool could never hold."""
+    num_tokens = admit.prompt_len + admit.max_tokens
+    if largest.layout.num_blocks_for(num_tokens) > largest.num_blocks:
+        raise PromptTooLong(
+            f"prompt and max_tokens are {num_tokens} tokens, the KV pool of a worker holds "
+            f"{largest.num_blocks * largest.layout.block_size}; lower max_tokens or raise --num-gpu-blocks-override "
+            "(model.kv_cache_bytes on a CPU)",
+            param="max_tokens",
+        )
+    if admit.resumption:
+        return  # its choices, grown by now, come back one after the other
+    if blocks_to_reserve(largest, admit.prompt_len, admit.num_choices) > largest.num_blocks:
+        raise InvalidRequest(
+            f"{admit.num_choices} choices of a prompt of {admit.prompt_len} tokens do not fit into a worker's "
+            f"{largest.num_blocks} KV blocks; lower n or raise --num-gpu-blocks-override",
+            param="n",
+        )
 
 
 def hopeless(drain: float, patience: float, draw: Callable[[], float]) -> TenantOverLimit:

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from protocol.parallel import ALONE, Parallel
+from scheduler.residuals import Margin, Residuals
 
 PRIOR_SPREAD = 300.0  # how many times its prior a coefficient may well be: models differ by orders of magnitude
 NOISE = 0.02  # variance of one relative residual
 FORGETTING = 0.99
 TRUSTED_AFTER = 16  # observations, until which the fit has to find its order of magnitude
 MAX_SECONDS = 3600.0  # no prediction is longer, no observation above it is believed
+MAX_TENANTS = 4096  # whose output lengths are kept apart, of each model
 MEAN_OUTPUT_PRIOR = 128.0  # tokens of one choice, before any request has ended
 
 # Seconds for (1, 1000 tokens, 1000 tokens squared); (1, 1000 tokens of context, a sequence); (1, a gigabyte).
@@ -115,6 +118,12 @@ class CostModel:
         self.prefill = Fit(prefill)
         self.decode = Fit(decode)
         self.transfer = Fit(transfer)
+        # How wrong these were, measured on what came after: the fit's errors on what it had not seen.
+        self.prefill_error = Residuals()
+        self.decode_error = Residuals()
+        self.ttft_error = Residuals()
+        self.tpot_error = Residuals()
+        self.tpot_margin = Margin()
 
     def prefill_s(self, prompt_len: int, cached: int) -> float:
         """The prompt's uncached part, alone on the worker."""
@@ -159,17 +168,39 @@ class Drift:
 
 
 class OutputLength:
-    """How many tokens one choice of a model's request will have: a moving mean, never above what the request allows."""
+    """How many tokens one choice of a model's request will have: a moving mean, never above what the request allows.
+
+    Tenants differ: one that was seen often enough is predicted by itself (`of_tenant`).
+    """
 
     def __init__(self) -> None:
         self.mean = MEAN_OUTPUT_PRIOR
+        self.count = 0
+        self._tenants: OrderedDict[str, OutputLength] = OrderedDict()
 
     def expected(self, max_tokens: int) -> float:
         return max(1.0, min(float(max_tokens), self.mean))
 
-    def observe(self, num_tokens: float) -> None:
-        if math.isfinite(num_tokens) and num_tokens >= 1:
-            self.mean += 0.05 * (min(num_tokens, 1e6) - self.mean)
+    def of_tenant(self, tenant: str) -> OutputLength:
+        """What is known of this tenant's, or this, of everybody's. A kind of its own (an oracle) stands for all tenants."""
+        found = self._tenants.get(tenant) if type(self) is OutputLength else None
+        return found if found is not None and found.count >= TRUSTED_AFTER else self
+
+    def observe(self, num_tokens: float, tenant: str = "") -> None:
+        if not (math.isfinite(num_tokens) and num_tokens >= 1):
+            return
+        self.mean += 0.05 * (min(num_tokens, 1e6) - self.mean)
+        self.count += 1
+        if not tenant:
+            return
+        own = self._tenants.get(tenant)
+        if own is None:
+            own = self._tenants[tenant] = OutputLength()
+            own.mean = self.mean
+            if len(self._tenants) > MAX_TENANTS:
+                self._tenants.popitem(last=False)
+        self._tenants.move_to_end(tenant)
+        own.observe(num_tokens)
 
 
 class CostBook:

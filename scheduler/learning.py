@@ -6,23 +6,29 @@ it. Called by `scheduler.Scheduler` when a message arrives; it changes cost mode
 
 from __future__ import annotations
 
-from protocol.messages import WorkerStats
+import math
+
+from protocol.messages import Outcome, WorkerStats
 from scheduler.cost import TRUSTED_AFTER
 from scheduler.ledger import Entry, WorkerState
 
+MIN_PACE_TOKENS = 8  # below so many the hand-over before the second token decides over the pace
 CLEAN_S = 10.0  # without a clean decode heartbeat for so long, what requests experienced has to do
 
 
 def learn_from_first_token(entry: Entry, prefill_s: float, now: float) -> None:
     """One prefill's time: from when it got to the head of its worker's queue (or was placed) to its first token."""
     worker = entry.prefilling_at
+    worker.cost.ttft_error.observe(now - entry.placed_at, entry.ttft_s)
     if next(iter(worker.prefills), None) != entry.request_id:
         return  # it overtook somebody, so when it began is not known
     service = now - max(entry.placed_at, worker.prefill_head_since)
     service = min(service, prefill_s) if prefill_s > 0 else service
     predicted = worker.cost.prefill_s(entry.prompt_len, entry.cached)
+    worker.cost.prefill_error.observe(service, predicted * worker.prefill_drift.factor)
     worker.cost.observe_prefill(entry.prompt_len, entry.cached, service)
     worker.prefill_drift.observe(service, predicted)
+    worker.touch()
 
 
 def learn_from_beat(worker: WorkerState, before: WorkerStats | None, after: WorkerStats, now: float) -> None:
@@ -50,14 +56,22 @@ def learn_from_beat(worker: WorkerState, before: WorkerStats | None, after: Work
     num_seqs = num_generated / num_steps
     context = worker.num_context_tokens * num_seqs / max(1.0, worker.num_decoding)
     predicted = worker.cost.decode_s(num_seqs, context)
+    worker.cost.decode_error.observe(step_s, predicted * worker.decode_drift.factor)
     worker.cost.observe_decode(num_seqs, context, step_s)
     worker.decode_drift.observe(step_s, predicted)
     worker.clean_decode_at = now
 
 
-def learn_from_outcome(entry: Entry, tpot_s: float, now: float) -> None:
-    """A worker that prefills all the time has no clean decode steps; then its requests' own pace is what there is."""
-    worker = entry.decode
-    if entry.first_token_at is None or tpot_s <= 0 or now - worker.clean_decode_at < CLEAN_S:
+def learn_from_outcome(entry: Entry, outcome: Outcome, now: float) -> None:
+    """What a finished request's own pace says: how good the prediction of it was, and, from a worker that prefills all the time and so
+    has no clean decode steps, what a step takes."""
+    worker, tpot_s = entry.decode, outcome.tpot_s
+    if entry.first_token_at is None or tpot_s <= 0:
         return
-    worker.cost.observe_decode(max(1, worker.num_decoding), worker.num_context_tokens, tpot_s)
+    num_tokens = outcome.output_tokens / entry.num_choices
+    if entry.tpot_s > 0 and num_tokens >= MIN_PACE_TOKENS:
+        worker.cost.tpot_error.observe(tpot_s, entry.tpot_s)
+    if entry.tpot_limit < math.inf:
+        worker.cost.tpot_margin.observe(tpot_s <= entry.tpot_limit)
+    if now - worker.clean_decode_at >= CLEAN_S:
+        worker.cost.observe_decode(max(1, worker.num_decoding), worker.num_context_tokens, tpot_s)

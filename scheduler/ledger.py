@@ -10,10 +10,14 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from protocol.messages import WorkerBeat, WorkerInfo, WorkerStats
 from protocol.ticket import WorkerRef
 from scheduler.cost import CostModel, Drift
+
+if TYPE_CHECKING:
+    from scheduler.table import Rows
 
 MISSES = 3  # heartbeats without a request that was there: its end got lost
 UNSEEN_S = 15.0  # a placement that no heartbeat ever mentioned: the gateway never came
@@ -36,6 +40,10 @@ class Entry:
         prefill: WorkerState | None,
         cached: int,
         prefill_s: float,
+        tenant: str = "",
+        tpot_limit: float = math.inf,
+        ttft_s: float = 0.0,
+        tpot_s: float = 0.0,
     ) -> None:
         self.request_id = request_id
         self.epoch = epoch
@@ -48,6 +56,10 @@ class Entry:
         self.prefill = prefill
         self.cached = cached  # prompt tokens that the prefilling worker is believed to hold
         self.prefill_s = prefill_s  # predicted, without queueing
+        self.tenant = tenant
+        self.tpot_limit = tpot_limit  # seconds; what was promised, infinite where that could not be kept anyway
+        self.ttft_s = ttft_s  # predicted, from the placement
+        self.tpot_s = tpot_s  # predicted; 0: not
         self.first_token_at: float | None = None
         self.gateway_id: str | None = None
         self.is_seen = False  # a heartbeat of its decode worker named it
@@ -89,8 +101,11 @@ def blocks_at_end(info: WorkerInfo, prompt_len: int, num_choices: int, expected_
 class WorkerState:
     """One life of one worker, as the ledger sees it."""
 
-    def __init__(self, info: WorkerInfo, cost: CostModel, now: float) -> None:
+    rows: Rows | None = None  # where its numbers stand as a row
+
+    def __init__(self, info: WorkerInfo, cost: CostModel, now: float, bit: int = 0) -> None:
         self.info = info
+        self.bit = bit  # its place in the prefix index's sets
         self.incarnation = info.incarnation
         self.cost = cost  # shared by all workers of this model, device and role
         self.ref = WorkerRef(info.incarnation, info.role, info.address, info.parallel)
@@ -112,10 +127,34 @@ class WorkerState:
         self.num_decoding = 0
         self.num_context_tokens = 0.0
         self.blocks_at_end = 0
+        self.limits: dict[float, int] = {}  # seconds a token -> how many of `entries` were promised it
+        self.tpot_limit = math.inf  # the least of them
         # What happened since the heartbeat whose free blocks are known.
         self.blocks_unseen = 0
         self.blocks_returned = 0
         self.is_full = False  # it refused a reservation; until it tells news or something ends here
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Whoever changes anything of a worker changes its row: a forgotten notice would be a decision by old numbers.
+        object.__setattr__(self, name, value)
+        if self.rows is not None:
+            self.rows.dirty.add(self)
+
+    def touch(self) -> None:
+        """Something that its row shows has changed in an object of its own."""
+        if self.rows is not None:
+            self.rows.dirty.add(self)
+
+    def promise(self, tpot_s: float, by: int) -> None:
+        """One more, or one less, of those that decode here was promised so much."""
+        if tpot_s == math.inf:
+            return
+        left = self.limits.get(tpot_s, 0) + by
+        if left > 0:
+            self.limits[tpot_s] = left
+        else:
+            self.limits.pop(tpot_s, None)
+        self.tpot_limit = min(self.limits, default=math.inf)
 
     @property
     def takes_work(self) -> bool:
@@ -141,6 +180,15 @@ class Ledger:
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
+        self.held: dict[tuple[str, str], int] = {}  # model, tenant -> KV blocks at the end of what runs for it
+
+    def _hold(self, entry: Entry, by: int) -> None:
+        key = entry.model, entry.tenant
+        held = self.held.get(key, 0) + by * entry.num_blocks_at_end
+        if held > 0:
+            self.held[key] = held
+        else:
+            self.held.pop(key, None)
 
     def book(self, entry: Entry, now: float) -> None:
         """A placement, booked before anybody is told of it."""
@@ -152,6 +200,8 @@ class Ledger:
         decode.num_context_tokens += entry.num_context_tokens
         decode.blocks_at_end += entry.num_blocks_at_end
         decode.blocks_unseen += entry.num_blocks_now
+        decode.promise(entry.tpot_limit, 1)
+        self._hold(entry, 1)
         prefilling = entry.prefilling_at
         if not prefilling.prefills:
             prefilling.prefill_head_since = now
@@ -179,6 +229,8 @@ class Ledger:
             decode.num_decoding -= entry.num_choices
         decode.num_context_tokens -= entry.num_context_tokens
         decode.blocks_at_end -= entry.num_blocks_at_end
+        decode.promise(entry.tpot_limit, -1)
+        self._hold(entry, -1)
         if not decode.entries:
             decode.num_context_tokens = 0.0  # floats that were added and taken away
         if not entry.is_seen:
@@ -280,10 +332,13 @@ class Ledger:
             assert worker.num_coming == coming, f"{name}: {worker.num_coming} coming, entries say {coming}"
             assert worker.num_decoding == decoding, f"{name}: {worker.num_decoding} decoding, entries say {decoding}"
             at_end = sum(e.num_blocks_at_end for e in entries)
+            assert worker.tpot_limit == min((e.tpot_limit for e in entries), default=math.inf), f"{name}: {worker.tpot_limit}"
             assert worker.blocks_at_end == at_end, f"{name}: {worker.blocks_at_end} blocks, entries say {at_end}"
             unseen = sum(e.num_blocks_now for e in entries if not e.is_seen)
             assert worker.blocks_unseen == unseen, f"{name}: {worker.blocks_unseen} unseen, entries say {unseen}"
             assert set(worker.prefills) <= self.entries.keys(), f"{name}: prefills of nobody"
             backlog = sum(e.prefill_s for e in worker.prefills.values())
             assert math.isclose(worker.prefill_backlog_s, backlog, abs_tol=1e-6), f"{name}: {worker.prefill_backlog_s}"
+        held = sum(e.num_blocks_at_end for e in self.entries.values())
+        assert sum(self.held.values()) == held, f"tenants hold {self.held}, entries say {held}"
         assert sum(len(w.entries) for w in workers) == len(self.entries), "an entry without a living worker"

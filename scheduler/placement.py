@@ -14,8 +14,9 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from protocol.errors import TandemError
 from protocol.messages import Admit
 from scheduler.cost import OutputLength
 from scheduler.ledger import WorkerState, blocks_at_end, blocks_to_reserve
@@ -35,6 +36,29 @@ class Placement(NamedTuple):
     prefill_s: float  # predicted, without queueing
     ttft_s: float  # predicted, from now
     expected_output: float  # tokens of one choice
+    tpot_s: float = 0.0  # predicted; 0: not
+    tpot_limit: float = math.inf  # seconds a token that others must leave it; infinite: nothing was promised that could be kept
+
+
+class Refused(NamedTuple):
+    """For policies that reject: the request is over, with this error."""
+
+    error: TandemError
+
+
+class Placer(Protocol):
+    """Decides where one request goes now. `workers`: those of its model. `matches`: incarnation -> leading hashes it holds.
+    admit.ttft_slo_s and tpot_slo_s are what it was promised; it waits since `queued_at`."""
+
+    def place(
+        self,
+        admit: Admit,
+        workers: Sequence[WorkerState],
+        output: OutputLength,
+        matches: Mapping[str, int],
+        queued_at: float,
+        now: float,
+    ) -> Placement | Blocked | Refused: ...
 
 
 class Rules(NamedTuple):
@@ -44,6 +68,25 @@ class Rules(NamedTuple):
     tpot_target_s: float
     max_prefill_queue_s: float  # work beyond it waits in the scheduler's queue, where it can still change its mind
     hash_block_len: int  # tokens behind one hash of Admit.prefix_hashes
+    attainment: float = 0.9  # the share of requests that is to keep its promise
+
+
+class OneByOne:
+    """Today's `place` with its rules bound: looks at every worker in turn."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+
+    def place(
+        self,
+        admit: Admit,
+        workers: Sequence[WorkerState],
+        output: OutputLength,
+        matches: Mapping[str, int],
+        queued_at: float,
+        now: float,
+    ) -> Placement | Blocked | Refused:
+        return place(admit, workers, output, matches, self._rules, queued_at, now)
 
 
 class BestPrefill(NamedTuple):

@@ -9,9 +9,58 @@ misprediction, never a wrong answer: workers look into their own caches.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 SWEEP_AFTER = 64  # forgotten workers, whose bits may be given away again after one pass over the map
+
+
+class Matches(Mapping[str, int]):
+    """What was found: read as a mapping by worker, or as a column by the workers' bits. Valid until a worker comes or goes."""
+
+    def __init__(self, levels: list[tuple[int, int]], bit_of: dict[str, int], num_bits: int) -> None:
+        self._levels = levels
+        self._bit_of = bit_of
+        self._num_bits = num_bits
+        self._found: dict[str, int] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._levels)
+
+    def _dict(self) -> dict[str, int]:
+        if self._found is None:
+            levels = self._levels
+            self._found = (
+                {worker: n for worker, bit in self._bit_of.items() for mask, n in levels if mask >> bit & 1} if levels else {}
+            )
+        return self._found
+
+    def __getitem__(self, worker: str) -> int:
+        return self._dict()[worker]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dict())
+
+    def __len__(self) -> int:
+        return len(self._dict())
+
+    def column(self, bits: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Length of the match of each worker whose bit is named, as floats; 0 for none."""
+        lengths = np.zeros(self._num_bits)
+        num_bytes = -(-self._num_bits // 8)
+        for mask, length in self._levels:
+            if mask.bit_count() <= 4:
+                while mask:
+                    low = mask & -mask
+                    lengths[low.bit_length() - 1] = length
+                    mask ^= low
+                continue
+            row = np.frombuffer(mask.to_bytes(num_bytes, "little"), dtype=np.uint8)
+            lengths[np.unpackbits(row, count=self._num_bits, bitorder="little").view(bool)] = length
+        found: np.ndarray[Any, np.dtype[np.float64]] = lengths[bits]
+        return found
 
 
 class PrefixIndex:
@@ -33,7 +82,7 @@ class PrefixIndex:
         """`worker` holds, or soon will, the prefix that ends with each of `hashes`."""
         if not hashes:
             return
-        mask = 1 << self._bit(worker)
+        mask = 1 << self.bit(worker)
         holders = self._holders
         # Backwards, so that a prompt's first blocks are the most recently used and outlive its last ones: without its
         # beginning a prefix cannot be found at all.
@@ -43,24 +92,23 @@ class PrefixIndex:
         while len(holders) > self.max_hashes:
             holders.popitem(last=False)
 
-    def match(self, hashes: Sequence[bytes]) -> dict[str, int]:
+    def match(self, hashes: Sequence[bytes]) -> Matches:
         """worker -> how many of the leading `hashes` it holds. Workers that hold none are left out."""
         alive = ~self._forgotten
-        lengths: list[tuple[int, int]] = []  # (bits of those whose match ends here, its length)
+        levels: list[tuple[int, int]] = []  # (bits of those whose match ends here, its length)
         current = -1
+        get = self._holders.get
         for i, block_hash in enumerate(hashes):
-            held = self._holders.get(block_hash, 0) & alive & current
+            held = get(block_hash, 0) & alive & current
             if i and held != current:
-                lengths.append((current & ~held, i))
+                levels.append((current & ~held, i))
             current = held
             if not held:
                 break
         else:
             if hashes:
-                lengths.append((current, len(hashes)))
-        if not lengths:
-            return {}
-        return {worker: length for worker, bit in self._bit_of.items() for mask, length in lengths if mask >> bit & 1}
+                levels.append((current, len(hashes)))
+        return Matches(levels, self._bit_of, self._num_bits)
 
     def forget(self, worker: str) -> None:
         """The worker is gone, and its cache with it."""
@@ -71,7 +119,8 @@ class PrefixIndex:
         if self._forgotten.bit_count() >= SWEEP_AFTER:
             self._sweep()
 
-    def _bit(self, worker: str) -> int:
+    def bit(self, worker: str) -> int:
+        """Its place in the sets, from its first to its last day."""
         bit = self._bit_of.get(worker)
         if bit is None:
             if self._free_bits:

@@ -12,6 +12,7 @@ from scheduler.admission import START_UP_PRIOR_S
 from scheduler.ledger import WorkerState
 
 MAX_STARTING = 256
+MAX_REASONS = 4096  # refused requests whose reason is remembered
 MAX_PHASES = 32  # of one worker
 GAUGES = frozenset(name for name in WorkerStats.__struct_fields__ if name.endswith(("_blocks", "_age_s", "rss_bytes"))) | {
     "num_running",
@@ -39,6 +40,7 @@ class Records:
         self.counters: Counter[str] = Counter()
         self.rejections: Counter[str] = Counter()
         self.last_rejection = ""
+        self._reasons: OrderedDict[str, str] = OrderedDict()  # request_id -> why it was refused
         self.tokens: Counter[str] = Counter()
         self.retired: dict[str, Counter[str]] = {}  # role -> counters of workers that are gone
         self.phases: OrderedDict[str, list[WorkerPhase]] = OrderedDict()  # incarnation -> its start-up
@@ -47,10 +49,17 @@ class Records:
     def count(self, name: str, by: int = 1) -> None:
         self.counters[name] += by
 
-    def reject(self, reason: str) -> None:
+    def reject(self, reason: str, request_id: str) -> None:
         self.counters["rejected"] += 1
         self.rejections[reason] += 1
         self.last_rejection = reason
+        self._reasons[request_id] = reason
+        while len(self._reasons) > MAX_REASONS:
+            self._reasons.popitem(last=False)
+
+    def reason(self, request_id: str) -> str:
+        """Why this request was refused, at the door or after a wait; "" when it was not, or long ago."""
+        return self._reasons.get(request_id, "")
 
     def count_tokens(self, outcome: Outcome) -> None:
         if outcome.output_tokens < 1:

@@ -14,37 +14,63 @@ from __future__ import annotations
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from configs.schema import SchedulerConfig
-from protocol.errors import DeadlineExceeded, Failure, InternalError, InvalidRequest, PromptTooLong, TandemError, to_failure
+from configs.tenants import Tenants, without_file
+from protocol.errors import DeadlineExceeded, Failure, InternalError, InvalidRequest, TandemError, to_failure
 from protocol.messages import Admit, GatewayBeat, Outcome, Progress, WorkerBeat, WorkerInfo, WorkerPhase
 from protocol.ticket import Ticket
 from scheduler import admission
-from scheduler.admission import DrainRate
+from scheduler.admission import DrainRate, Refusal
 from scheduler.cost import CostBook
+from scheduler.explain import Decisions
+from scheduler.fairness import Fairness
+from scheduler.gate import Entered, Gate
+from scheduler.joint import Joint
 from scheduler.latency import Latencies, Sample
 from scheduler.learning import learn_from_beat, learn_from_first_token, learn_from_outcome
-from scheduler.ledger import Entry, Ledger, WorkerState, blocks_to_reserve
-from scheduler.placement import Blocked, Placement, Rules, place
+from scheduler.ledger import Entry, Ledger, WorkerState
+from scheduler.order import make_order
+from scheduler.papers import again, item_of, ticket_of
+from scheduler.placement import Blocked, Placement, Placer, Refused, Rules
 from scheduler.prefix_index import PrefixIndex
-from scheduler.queue import Fcfs, Item, Order, Queue
+from scheduler.queue import Item, Order, Queue
 from scheduler.records import Gateway, Records
 from scheduler.status import status_of
+from scheduler.table import Pool
+from scheduler.terms import promised, terms_of
 
 log = logging.getLogger(__name__)
 
 HASH_BLOCK_LEN = 64  # tokens behind one of Admit.prefix_hashes; the gateways hash by the same
 MAX_REMEMBERED = 65_536  # requests whose last epoch, or whose end, is remembered, so that a late message changes nothing
+MAX_PUSHED_OUT = 8  # waiting requests that one newcomer may push out of a full queue
+MAX_OVERTAKERS = 3  # smaller requests that are tried when the first of its tenant finds no decode room
 MAX_DEAD = 64  # dead workers kept for the status
 RETRY_S = 0.25  # how soon time alone may make room (predicted ends)
+
+NOBODY = Pool()
 
 Decision = Ticket | tuple[str, Failure]
 
 
+def _may_overtake(item: Item, blocked: Item) -> bool:
+    """Of the same tenant and band, so that nobody else is served out of turn. Who is overtaken is refused when it gets late, and
+    the time it is then given is its own."""
+    return item.admit.tenant == blocked.admit.tenant and item.band == blocked.band and not item.admit.resumption
+
+
 class Scheduler:
-    """See the module. `draw` is a source of jitter in [0, 1); `order` the policy, FCFS unless another is given."""
+    """See the module.
+
+    tenants: classes and tenants; None: one of each. placer: who serves a request. order: makes one for each model's queue; None: as
+    config.policy says. admission: whether promises, buckets and retries refuse anybody; without it only full queues do. draw: a
+    source of jitter in [0, 1).
+    """
 
     def __init__(
         self,
@@ -54,10 +80,15 @@ class Scheduler:
         hash_block_len: int = HASH_BLOCK_LEN,
         max_prefix_hashes: int = 200_000,
         gateway_lease_s: float = 10.0,
-        order: Order | None = None,
+        tenants: Tenants | None = None,
+        placer: Placer | None = None,
+        order: Callable[[], Order] | None = None,
+        admission: bool = True,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self.config = config or SchedulerConfig()
+        config = self.config
+        self.tenants = tenants or without_file(config.ttft_target_s, config.tpot_target_s, config.attainment_target)
         self.rules = Rules(
             disaggregation_threshold=self.config.disaggregation_threshold,
             tpot_target_s=self.config.tpot_target_s,
@@ -65,17 +96,27 @@ class Scheduler:
             hash_block_len=hash_block_len,
         )
         bounds = (self.config.max_queue_requests, self.config.max_queue_tokens, self.config.max_queue_bytes)
-        self.queue = Queue(order or Fcfs(), *bounds)
+        self.fairness = Fairness()
+        self.pools: dict[str, Pool] = {}  # by model
+        self.queue = Queue(order or make_order(config.policy, self.fairness), *bounds)
         self.ledger = Ledger()
         self.costs = CostBook()
         self.index = PrefixIndex(max_prefix_hashes)
         self.latencies = Latencies()
         self.records = Records()
+        self.explained = Decisions(config.max_decisions)
+        self.joint = Joint(self.rules, config.max_deflected_share)
+        self.placer: Placer = placer or self.joint
+        self.admission = admission
+        shares = self.fairness if order is None and config.policy in ("fair", "slo") else None
+        self.gate = Gate(
+            self.queue, self.pools, self.costs, shares, self.rules, self.find, config.retry_budget, draw,
+        )  # fmt: skip
+        self._read_classes()
         self.drain_rate = DrainRate()
         self.workers: dict[str, WorkerState] = {}  # alive, by incarnation
         self.dead: OrderedDict[str, WorkerState] = OrderedDict()
         self.gateways: dict[str, Gateway] = {}
-        self._by_model: dict[str, list[WorkerState]] = {}
         self._use_index = enable_prefix_caching
         self._gateway_lease_s = gateway_lease_s
         self._draw = draw
@@ -87,6 +128,7 @@ class Scheduler:
         self._started_at: float | None = None
         self._has_news = False
         self._retry_at = float("inf")
+        self._pending: dict[str, Decision] = {}  # decided outside of `decisions`: those that had to make room
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -99,6 +141,7 @@ class Scheduler:
         self._begin(now)
         request_id = admit.request_id
         former, waiting = self.ledger.entries.get(request_id), self.queue.remove(request_id)
+        self._pending.pop(request_id, None)
         last_epoch, position = self._minted.get(request_id, (0, self._next_position))
         last_epoch = max(last_epoch, admit.last_epoch)
         # Asked again, because an answer was lost or is late: a place in the queue and a deadline are kept, and nothing is refused.
@@ -114,23 +157,48 @@ class Scheduler:
         if not is_repeat:
             self.records.count("resumed" if admit.resumption else "submitted")
         self._check_it_can_ever_fit(admit)
-        if not (admit.resumption or is_repeat):
-            self._refuse_early(admit, now)
+        if waiting is not None and waiting.degraded:
+            admit = again(admit, waiting)
+        self.explained.asked(admit, now)
         deadline = now + min(admit.deadline_s, self.config.queue_timeout_s)
-        queued_at = now
         if waiting is not None:
-            queued_at, deadline = waiting.queued_at, min(waiting.deadline, deadline)
-        self.queue.add(Item(admit, position, last_epoch + 1, queued_at, deadline))
+            deadline = min(waiting.deadline, deadline)
+            item = msgspec.structs.replace(
+                waiting,
+                admit=promised(admit, terms_of(self.tenants, admit.slo_class, admit)),
+                epoch=last_epoch + 1,
+                deadline=deadline,
+            )
+        else:
+            entered = self._enter(admit, now, judges=self.admission and not (admit.resumption or is_repeat))
+            item = item_of(entered, position, last_epoch + 1, now, deadline)
+        self.queue.add(item)
         self._has_news = True
         return last_epoch + 1
+
+    def set_tenants(self, tenants: Tenants, now: float) -> None:
+        """From now on these hold. What waits keeps the promise it was given."""
+        self.tenants = tenants
+        self._read_classes()
+        self._has_news = True
+
+    def _read_classes(self) -> None:
+        self.joint.tightest_tpot_s = min(one.tpot_s for one in self.tenants.classes.values())
+
+    def explain(self, request_id: str) -> dict[str, Any] | None:
+        """Why this request got what it got, ready for JSON; None for one that is not remembered."""
+        return self.explained.explain(request_id)
 
     def withdraw(self, request_id: str, now: float | None = None) -> None:
         """Nobody waits for it any more: out of the queue, and out of the ledger if its ticket was under way."""
         item = self.queue.remove(request_id)
         entry = self.ledger.entries.get(request_id)
+        self._pending.pop(request_id, None)
         if item is not None or entry is not None:
             self.records.count("withdrawn")
             self._remember_end(request_id)
+        if item is not None:
+            self.gate.dropped(item.admit, self.tenants, item.queued_at if now is None else now)
         if entry is not None:
             self._free(entry, entry.placed_at if now is None else now)
 
@@ -139,33 +207,22 @@ class Scheduler:
         in vain. Cheap when nothing has changed.
         """
         self._begin(now)
-        out: list[Decision] = []
+        out = list(self._pending.values())
+        self._pending.clear()
+        for item in self.queue.turn_late(now):
+            self._turned_late(item, now, out)
         for item in self.queue.expired(now):
             waited = now - item.queued_at
             error = DeadlineExceeded(
                 f"not placed within {waited:.1f} s (scheduler.queue_timeout_s, or the request's own deadline)",
                 retry_after=admission.retry_after(self.predicted_drain_s(item.admit.model, now), self._draw),
             )
-            out.append(self._fail(item, error, "queue_timeout"))
+            out.append(self._fail(item, error, "queue_timeout", now))
         if not self._has_news and now < self._retry_at:
             return out
         self._has_news, self._retry_at = False, float("inf")
-        blocked: set[str] = set()  # models whose first in line waits for room: nobody overtakes
-        was_backlog = len(self.queue) > 1
-        for item in self.queue:
-            model = item.admit.model
-            if model in blocked:
-                continue
-            decision = self._try(item, now, was_backlog)
-            if isinstance(decision, Blocked):
-                self._retry_at = now + RETRY_S
-                if decision is Blocked.NO_ROOM:
-                    blocked.add(model)
-                    if blocked >= self._by_model.keys():
-                        break
-            else:
-                self.queue.remove(item.admit.request_id)
-                out.append(decision)
+        for model in list(self.queue.orders):
+            self._decide_model(model, now, out)
         return out
 
     def progress(self, message: Progress, now: float) -> None:
@@ -174,6 +231,7 @@ class Scheduler:
         if entry is None or entry.epoch != message.epoch or entry.first_token_at is not None:
             return
         learn_from_first_token(entry, message.prefill_s, now)
+        self.explained.first_token(entry.request_id, now - entry.placed_at)
         self.ledger.first_token(entry, now)
         self._has_news = True
 
@@ -182,7 +240,11 @@ class Scheduler:
         self._begin(now)
         entry = self.ledger.entries.get(message.request_id)
         self.queue.remove(message.request_id)
+        self._pending.pop(message.request_id, None)
         self._remember_end(message.request_id)
+        self.fairness.correct(message.request_id, max(0, message.output_tokens))
+        self.gate.outcome(message, self.tenants, now)
+        self.explained.ended(message, now)
         kind = message.kind if message.kind in ("finished", "failed", "cancelled") else "failed"
         if not message.was_refused:  # a refusal was counted among the rejections when it was decided
             self.records.count(kind)
@@ -193,8 +255,8 @@ class Scheduler:
             self.latencies.add(message.slo_class, sample)
         if entry is not None:
             if kind == "finished":
-                self.costs.output(entry.model).observe(message.output_tokens / entry.num_choices)
-                learn_from_outcome(entry, message.tpot_s, now)
+                self.costs.output(entry.model).observe(message.output_tokens / entry.num_choices, entry.tenant)
+                learn_from_outcome(entry, message, now)
             self._free(entry, now)
 
     # ---- workers ---------------------------------------------------------------------------------------------------
@@ -207,9 +269,10 @@ class Scheduler:
             known.last_beat_at = now
             return
         self.dead.pop(info.incarnation, None)
-        worker = WorkerState(info, self.costs.of(info.model, info.device.split(":")[0], info.role, info.parallel), now)
+        cost = self.costs.of(info.model, info.device.split(":")[0], info.role, info.parallel)
+        worker = WorkerState(info, cost, now, self.index.bit(info.incarnation))
         self.workers[info.incarnation] = worker
-        self._by_model.setdefault(info.model, []).append(worker)
+        self.pools.setdefault(info.model, Pool()).join(worker)
         self.records.registered(info)
         self._has_news = True
 
@@ -237,7 +300,7 @@ class Scheduler:
             return []
         if worker.info.role == "decode":
             self._last_alive_at[worker.info.model] = now
-        self._by_model[worker.info.model].remove(worker)
+        self.pools[worker.info.model].leave(worker)
         self.index.forget(incarnation)
         lost = self.ledger.lose(worker, now)
         self.dead[incarnation] = worker
@@ -289,6 +352,11 @@ class Scheduler:
         deadline = self.queue.next_deadline()
         if deadline is not None:
             times += [deadline, now if self._has_news else min(self._retry_at, deadline)]
+        late_at = self.queue.next_late()
+        if late_at is not None:
+            times.append(late_at)
+        if self._pending:
+            times.append(now)
         return max(now, min(times)) if times else None
 
     def status(self, now: float) -> dict[str, Any]:
@@ -303,6 +371,60 @@ class Scheduler:
 
     # ---- placing ---------------------------------------------------------------------------------------------------
 
+    def _decide_model(self, model: str, now: float, out: list[Decision]) -> None:
+        """Place what can be placed of one model, in its order."""
+        pool = self.pools.get(model)
+        self._tell_pressure(model, pool)
+        walk = iter(self.queue.orders[model])
+        blocked: Item | None = None  # who waits for decode room; smaller ones of its own tenant may go before it
+        num_overtakers = 0
+        for item in walk:
+            if blocked is not None:
+                if not _may_overtake(item, blocked) or num_overtakers >= MAX_OVERTAKERS:
+                    break
+                if item.cost > 0.9 * blocked.cost:
+                    continue
+                num_overtakers += 1
+            was_backlog = self.queue.num_of[model] > 1
+            if self._has_its_share(item, pool):
+                skip_tenant = getattr(walk, "skip_tenant", None)
+                if skip_tenant is not None:
+                    skip_tenant()
+                self.fairness.lift(item.band, item.admit.tenant)
+                self._retry_at = now + RETRY_S
+                continue
+            decision = self._try(item, now, was_backlog)
+            if isinstance(decision, Blocked):
+                self._retry_at = now + RETRY_S
+                if decision is Blocked.NO_ROOM:  # none of another tenant overtakes
+                    if blocked is None:
+                        self.gate.decode_is_short[model] = self.joint.waits_for_decode
+                    if not self.joint.waits_for_decode or not item.refuses_late or item.is_appointed or item.admit.resumption:
+                        break
+                    blocked = item
+            else:
+                self.queue.remove(item.admit.request_id)
+                out.append(decision)
+
+    def _has_its_share(self, item: Item, pool: Pool | None) -> bool:
+        """Whether its tenant holds as much KV as it may (kv_share); one request it may always have."""
+        share = self.tenants.tenant(item.admit.tenant).kv_share
+        if share >= 1.0 or pool is None or item.admit.resumption:
+            return False
+        held = self.ledger.held.get((item.admit.model, item.admit.tenant), 0)
+        return held > 0 and held >= share * pool.decode.num_blocks.sum()
+
+    def _tell_pressure(self, model: str, pool: Pool | None) -> None:
+        """What the default placer has to know of the queue."""
+        num_prefills = max(1, len(pool.prefill) if pool else 0)
+        self.joint.pressure = (self.queue.num_of[model] - 1) / num_prefills
+        service_s = sum(sums.service_s for (of, _), sums in self.queue.totals.items() if of == model)
+        self.joint.backlog_s = service_s / num_prefills
+
+    def find(self, admit: Admit) -> Mapping[str, int]:
+        """What workers are believed to hold of its prompt."""
+        return self.index.match(admit.prefix_hashes) if self._use_index and admit.prefix_hashes else {}
+
     def _try(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         """One item's decision. A bug of ours fails this item alone: the others' turn comes all the same."""
         try:
@@ -316,21 +438,47 @@ class Scheduler:
             error = InternalError("the scheduler could not place this request; its log has the details")
             if item.admit.last_epoch == 0:
                 self.records.count("failed")  # its outcome will look like a refusal's, which counts no failure
-            return self._fail(item, error, None)
+            return self._fail(item, error, None, now)
 
     def _decide(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         admit = item.admit
-        matches = self.index.match(admit.prefix_hashes) if self._use_index else {}
-        workers = self._by_model.get(admit.model, [])
-        found = place(admit, workers, self.costs.output(admit.model), matches, self.rules, item.queued_at, now)
+        pool = self.pools.get(admit.model) or NOBODY
+        found = self.placer.place(admit, pool, self.costs.output(admit.model), self.find(admit), item.queued_at, now)
         if found is Blocked.NO_WORKER:
             if now - max(self._without_since(admit.model), item.queued_at) > self.config.recovery_s:
                 error = admission.no_worker(admit.model, self._until_worker(admit.model, now), self._draw)
-                return self._fail(item, error, "no_worker")
+                return self._fail(item, error, "no_worker", now)
             return found
         if isinstance(found, Blocked):
             return found
+        if isinstance(found, Refused):
+            return self._fail(item, found.error, "placer", now)
+        if item.refuses_late and self.admission and self._comes_too_late(item, found, now):
+            terms = terms_of(self.tenants, admit.slo_class, admit)
+            return self._fail(item, self.gate.late(admit, terms, None, "slo_ttft", now).error, "slo_ttft", now)
         return self._book(item, found, now, was_backlog)
+
+    @staticmethod
+    def _comes_too_late(item: Item, placement: Placement, now: float) -> bool:
+        """Its prefill would be spent on a promise that is broken by then."""
+        worker = placement.prefill or placement.decode
+        ratio = min(2.0, worker.cost.ttft_error.quantile(0.5))
+        return not item.admit.resumption and now + placement.ttft_s * ratio > item.promised_at
+
+    def _turned_late(self, item: Item, now: float, out: list[Decision]) -> None:
+        """Its promise cannot be kept any more: what its class says."""
+        if not (item.refuses_late and self.admission) or item.admit.resumption:
+            return
+        self.queue.remove(item.admit.request_id)
+        helped = self.gate.demoted(item, self.tenants, now)
+        if helped is not None:
+            other = item_of(helped, item.position, item.epoch, item.queued_at, item.deadline)
+            self.queue.add(other)
+            self.explained.note(item.admit.request_id, now, "degraded", degraded=helped.degraded)
+            self._has_news = True
+            return
+        terms = terms_of(self.tenants, item.admit.slo_class, item.admit)
+        out.append(self._fail(item, self.gate.late(item.admit, terms, None, "slo_ttft", now).error, "slo_ttft", now))
 
     def _book(self, item: Item, placement: Placement, now: float, was_backlog: bool) -> Ticket:
         admit = item.admit
@@ -341,6 +489,7 @@ class Scheduler:
         self._mint(item)
         self._ended.pop(admit.request_id, None)
         self.drain_rate.placed(admit.prompt_len, now, was_backlog)
+        self.gate.placed(item, now, was_backlog)
         entry = Entry(
             request_id=admit.request_id,
             epoch=item.epoch,
@@ -353,74 +502,125 @@ class Scheduler:
             prefill=placement.prefill,
             cached=placement.cached,
             prefill_s=placement.prefill_s,
+            tenant=admit.tenant,
+            tpot_limit=placement.tpot_limit,
+            ttft_s=placement.ttft_s,
+            tpot_s=placement.tpot_s,
         )
         self.ledger.book(entry, now)
         if self._use_index:
             self.index.insert(placement.decode.incarnation, admit.prefix_hashes)
             if placement.prefill is not None:
                 self.index.insert(placement.prefill.incarnation, admit.prefix_hashes)
+        weight = self.tenants.tenant(admit.tenant).weight
+        predicted = placement.expected_output * admit.num_choices
+        self.fairness.charge(admit.request_id, item.band, admit.tenant, weight, admit.prompt_len, predicted)
         self.records.count("placed")
         self.records.count("placed_disaggregated" if placement.prefill else "placed_local")
-        prefill = placement.prefill.ref if placement.prefill else None
-        return Ticket(admit.request_id, item.epoch, placement.decode.ref, prefill, placement.ttft_s)
+        is_joint = self.placer is self.joint
+        self.explained.note(
+            admit.request_id, now, "placed", epoch=item.epoch, decode=placement.decode.info.name,
+            prefill=placement.prefill.info.name if placement.prefill else None, waited_s=now - item.queued_at,
+            ttft_s=placement.ttft_s, tpot_s=placement.tpot_s or None, cached_tokens=placement.cached,
+            expected_output_tokens=placement.expected_output,
+        )  # fmt: skip
+        if is_joint:
+            self.explained.saw(admit.request_id, self.joint.candidates())
+        return ticket_of(item, placement)
 
-    def _fail(self, item: Item, error: TandemError, reason: str | None) -> tuple[str, Failure]:
+    def _fail(self, item: Item, error: TandemError, reason: str | None, now: float) -> tuple[str, Failure]:
         self._mint(item)
         self._remember_end(item.admit.request_id)
+        self.gate.dropped(item.admit, self.tenants, now)
         if reason is not None:
-            self.records.reject(reason)
+            self.records.reject(reason, item.admit.request_id)
+        self.explained.note(
+            item.admit.request_id, now, "refused", reason=reason or "bug", text=error.message, retry_after_s=error.retry_after
+        )
         return item.admit.request_id, to_failure(error)
 
     # ---- refusing --------------------------------------------------------------------------------------------------
 
-    def _refuse_early(self, admit: Admit, now: float) -> None:
-        """Raises what makes waiting useless: nobody to wait for, no room to wait in, no hope to be placed in time."""
+    def _enter(self, admit: Admit, now: float, *, judges: bool) -> Entered:
+        """Raises what makes waiting useless: nobody to wait for, a promise that cannot be kept, no room to wait in."""
+        is_new = not admit.resumption
+        try:
+            if judges:
+                self._refuse_hopeless(admit, now)
+            entered = self.gate.enter(admit, self.tenants, now, judges=judges)
+            if is_new:
+                self._make_room(entered, now)
+        except Refusal as refusal:
+            error = refusal.error
+            self.records.reject(refusal.reason, admit.request_id)
+            self.explained.note(
+                admit.request_id, now, "refused", reason=refusal.reason, text=error.message, retry_after_s=error.retry_after
+            )
+            raise error from None
+        if entered.victim is not None:
+            terms = terms_of(self.tenants, entered.victim.admit.slo_class, entered.victim.admit)
+            self._push_out(entered.victim, self.gate.late(entered.victim.admit, terms, entered.forecast, "slo_ttft", now), now)
+        if entered.forecast is not None:
+            seen = entered.forecast
+            self.explained.note(
+                admit.request_id, now, "entered", predicted_wait_s=seen.wait_s, predicted_ttft_s=seen.ttft_s,
+                waits_for="decode" if seen.is_decode_short else "prefill", degraded=entered.degraded or None,
+            )  # fmt: skip
+        return entered
+
+    def _refuse_hopeless(self, admit: Admit, now: float) -> None:
         model = admit.model
         if not self._has_decode(model) and now - self._without_since(model) > self.config.recovery_s:
-            self.records.reject("no_worker")
-            raise admission.no_worker(model, self._until_worker(model, now), self._draw)
-        drain = self.predicted_drain_s(model, now)
-        refusal = admission.overflowing(admit, self.queue, drain, self._draw)
-        if refusal is not None:
-            self.records.reject(refusal[1])
-            raise refusal[0]
+            raise Refusal(admission.no_worker(model, self._until_worker(model, now), self._draw), "no_worker")
         patience = min(admit.deadline_s, self.config.queue_timeout_s)
+        rate = self.drain_rate.tokens_per_s(now)
         # Twice: an estimate may be wrong, and refusing whom we could have served is worse than letting one wait.
-        if self.drain_rate.tokens_per_s(now) is not None and drain > 2 * patience:
-            self.records.reject("would_time_out")
-            raise admission.hopeless(drain, patience, self._draw)
+        if rate is not None and self.queue.num_tokens > 2 * patience * rate:
+            raise Refusal(admission.hopeless(self.queue.num_tokens / rate, patience, self._draw), "would_time_out")
+
+    def _make_room(self, entered: Entered, now: float) -> None:
+        """In a full queue: lower bands go first, then the tenant of the same band that fills it most; else Refusal."""
+        admit = entered.admit
+        for _ in range(MAX_PUSHED_OUT):
+            if self.queue.overflow(admit) is None:
+                return
+            victim = None
+            if self.admission:
+                victim = self.queue.victim(entered.terms.band, admit.tenant, lambda name: self.tenants.tenant(name).weight)
+            if victim is None:
+                break
+            drain = self.predicted_drain_s(victim.admit.model, now)
+            is_lower = victim.band > entered.terms.band
+            self._push_out(victim, admission.pushed_out(victim.admit, is_lower, drain, self._draw), now)
+        over = self.queue.overflow(admit)
+        if over is not None:
+            self.gate.dropped(admit, self.tenants, now)
+            drain = self.predicted_drain_s(admit.model, now)
+            raise Refusal(*admission.overflowing(admit, self.queue, over, drain, self._draw))
+
+    def _push_out(self, victim: Item, refusal: Refusal, now: float) -> None:
+        self.queue.remove(victim.admit.request_id)
+        self._pending[victim.admit.request_id] = self._fail(victim, refusal.error, refusal.reason, now)
 
     def _check_it_can_ever_fit(self, admit: Admit) -> None:
-        decodes = [w.info for w in self._by_model.get(admit.model, []) if w.info.role == "decode"]
-        if not decodes:
+        pool = self.pools.get(admit.model)
+        if pool is None or pool.largest is None:
             return
-        num_tokens = admit.prompt_len + admit.max_tokens
-        largest = max(decodes, key=lambda info: info.num_blocks * info.layout.block_size)
-        if largest.layout.num_blocks_for(num_tokens) > largest.num_blocks:
-            self.records.reject("too_long")
-            raise PromptTooLong(
-                f"prompt and max_tokens are {num_tokens} tokens, the KV pool of a worker holds "
-                f"{largest.num_blocks * largest.layout.block_size}; lower max_tokens or raise --num-gpu-blocks-override "
-                "(model.kv_cache_bytes on a CPU)",
-                param="max_tokens",
-            )
-        if admit.resumption:
-            return  # its choices, grown by now, come back one after the other
-        if blocks_to_reserve(largest, admit.prompt_len, admit.num_choices) > largest.num_blocks:
-            self.records.reject("too_long")
-            raise InvalidRequest(
-                f"{admit.num_choices} choices of a prompt of {admit.prompt_len} tokens do not fit into a worker's "
-                f"{largest.num_blocks} KV blocks; lower n or raise --num-gpu-blocks-override",
-                param="n",
-            )
+        try:
+            admission.check_it_fits(admit, pool.largest)
+        except InvalidRequest:
+            self.records.reject("too_long", admit.request_id)
+            raise
 
     def predicted_drain_s(self, model: str, now: float) -> float:
         """Seconds until everything that waits is placed."""
-        workers, output = self._by_model.get(model, []), self.costs.output(model)
+        workers: Sequence[WorkerState] = self.pools.get(model, ())
+        output = self.costs.output(model)
         return admission.drain_s(self.queue.num_tokens, len(self.queue), workers, output, self.drain_rate, now)
 
     def _has_decode(self, model: str) -> bool:
-        return any(w.info.role == "decode" for w in self._by_model.get(model, []))
+        pool = self.pools.get(model)
+        return pool is not None and len(pool.decode) > 0
 
     def _without_since(self, model: str) -> float:
         """Since when no decode worker of the model has been alive; a fresh scheduler gives everybody time to register."""
@@ -455,6 +655,7 @@ class Scheduler:
 
     def _drop_unheld(self, request_id: str, now: float) -> None:
         """No gateway holds it any more."""
+        self._pending.pop(request_id, None)
         item, entry = self.queue.remove(request_id), self.ledger.entries.get(request_id)
         if item is None and entry is None:
             return

@@ -1,5 +1,8 @@
 """What was promised to each tenant and class, and what was kept: an hour of it, in bounded memory. Pure; times are arguments.
 
+A request is judged in the class whose promise it had in the end, by its own promise where it asked for a tighter one. One that was
+degraded out of another class, or cut short, counts as degraded in the row of the class that it asked for.
+
 Requests fall into slots of ten seconds; whole minutes older than ten minutes are merged into one slot each. A slot holds
 counts and two histograms with logarithmic buckets, so quantiles over any window are within one bucket (9 %). What was kept is
 counted exactly, when a request ends.
@@ -121,14 +124,15 @@ class Cell:
     def __init__(self) -> None:
         self.ttft = Histogram()
         self.tpot = Histogram()
-        self.finished = self.failed = self.cancelled = self.kept = 0
+        self.finished = self.failed = self.cancelled = self.kept = self.degraded = 0
         self.input = self.cached = self.output = 0  # tokens
+        self.cost = 0.0  # by the prices of the day
         self.refused: Counter[str] = Counter()
 
     def merge(self, other: Cell) -> None:
         self.ttft.merge(other.ttft)
         self.tpot.merge(other.tpot)
-        for name in ("finished", "failed", "cancelled", "kept", "input", "cached", "output"):
+        for name in ("finished", "failed", "cancelled", "kept", "degraded", "input", "cached", "output", "cost"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, count in other.refused.items():
             self.refuse(reason, count)
@@ -170,7 +174,7 @@ def _minute(at: float) -> float:
 
 
 class Sla:
-    """Feed it every outcome and every refusal; `rows` is the report."""
+    """Feed it every outcome and every refusal; `rows` is the report. `set_table` brings the tenants file's promises and prices."""
 
     def __init__(self, promises: Mapping[str, Promise], prices: Prices | None = None, tenants: Iterable[str] = ()) -> None:
         assert promises, "somebody must be promised something"
@@ -178,8 +182,22 @@ class Sla:
         self.prices = prices or Prices()
         self.tenants = Names(tenants, MAX_TENANTS)
         self.classes = Names(promises, MAX_CLASSES)
+        self._prices_of: dict[str, Prices] = {}
         self._slots: dict[tuple[str, str], _Slots] = {}
         self._started_at: float | None = None
+
+    def set_table(self, promises: Mapping[str, Promise], prices_of: Mapping[str, Prices], tenants: Iterable[str]) -> None:
+        """From now on. What was judged stays judged; classes that are gone keep their promise while the report still shows them.
+        prices_of: by tenant; others have the cluster's."""
+        shown = {slo_class for _, slo_class in self._slots}
+        self.promises = {**promises, **{name: old for name, old in self.promises.items() if name in shown and name not in promises}}
+        self.classes = Names(self.promises, max(MAX_CLASSES, len(self.promises)))
+        self._prices_of = dict(prices_of)
+        known = dict.fromkeys([*tenants, *(tenant for tenant, _ in self._slots)])
+        self.tenants = Names(known, max(MAX_TENANTS, len(known)))
+
+    def prices_of(self, tenant: str) -> Prices:
+        return self._prices_of.get(tenant, self.prices)
 
     def key(self, tenant: str, slo_class: str) -> tuple[str, str]:
         """The two labels that stand for them."""
@@ -190,8 +208,7 @@ class Sla:
         return self.promises.get(slo_class) or next(iter(self.promises.values()))
 
     def is_kept(self, outcome: Outcome) -> bool:
-        promise = self.promise(self.classes.of(outcome.slo_class))
-        return outcome.kind == "finished" and promise.is_kept(outcome.ttft_s, tpot_of(outcome))
+        return is_kept(outcome, self.promise(self.classes.of(outcome.slo_class)))
 
     def outcome(self, outcome: Outcome, now: float) -> None:
         """A request that was admitted is over."""
@@ -202,12 +219,16 @@ class Sla:
             cell.input += max(0, outcome.prompt_tokens)
             cell.cached += max(0, outcome.cached_tokens)
             cell.output += outcome.output_tokens
+            prices = self.prices_of(self.tenants.of(outcome.tenant))
+            cell.cost += prices.cost(max(0, outcome.prompt_tokens), max(0, outcome.cached_tokens), outcome.output_tokens) or 0.0
         tpot_s = tpot_of(outcome)
         if kind == "finished" and math.isfinite(outcome.ttft_s) and math.isfinite(outcome.tpot_s):
             cell.ttft.add(outcome.ttft_s)
             if tpot_s is not None:
                 cell.tpot.add(tpot_s)
         cell.kept += self.is_kept(outcome)
+        if outcome.degraded:
+            self._cell(outcome.tenant, outcome.asked_class or outcome.slo_class, now).degraded += 1
 
     def refused(self, tenant: str, slo_class: str, reason: str, now: float) -> None:
         self._cell(tenant, slo_class, now).refuse(reason)
@@ -216,7 +237,8 @@ class Sla:
         """One row per tenant and class that was seen in the window, and one for each promise, seen or not.
 
         tenant class, ttft tpot (p50 p95 p99, seconds), promise (ttft_s tpot_s attainment), attainment, budget_left, goodput_per_s,
-        requests finished failed cancelled, refused (reason -> count), tokens (input cached output), cost
+        requests finished failed cancelled degraded, refused (reason -> count), tokens (input cached output), cost (None without
+        prices)
         """
         self._begin(now)
         size = SLOT_S if window_s <= FINE_S else MINUTE_S
@@ -252,9 +274,10 @@ class Sla:
             "finished": cell.finished,
             "failed": cell.failed,
             "cancelled": cell.cancelled,
+            "degraded": cell.degraded,
             "refused": dict(cell.refused),
             "tokens": {"input": cell.input, "cached": cell.cached, "output": cell.output},
-            "cost": self.prices.cost(cell.input, cell.cached, cell.output),
+            "cost": cell.cost if cell.cost or self.prices_of(key[0]).cost(1, 0, 1) is not None else None,
         }
 
     def _cell(self, tenant: str, slo_class: str, now: float) -> Cell:
@@ -266,6 +289,14 @@ class Sla:
     def _begin(self, now: float) -> None:
         if self._started_at is None:
             self._started_at = now
+
+
+def is_kept(outcome: Outcome, promise: Promise) -> bool:
+    """Whether it finished within its class's promise, and within its own where it has one."""
+    own = Promise(
+        min(promise.ttft_s, outcome.ttft_slo_s or math.inf), min(promise.tpot_s, outcome.tpot_slo_s or math.inf), promise.attainment
+    )
+    return outcome.kind == "finished" and own.is_kept(outcome.ttft_s, tpot_of(outcome))
 
 
 def tpot_of(outcome: Outcome) -> float | None:

@@ -39,7 +39,7 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
                        withdrawn abandoned rejected reservations_refused adopted workers_lost gateways_lost;
                        a refused request counts as rejected alone, not as failed
     rejections         reason -> count: queue_requests queue_tokens queue_bytes tenant_share would_time_out
-                       queue_timeout no_worker too_long
+                       queue_timeout no_worker too_long tenant_requests tenant_tokens slo_ttft slo_tpot retry_budget shed
     tokens             of requests that ended after their first token: prompt cached output
     totals             role -> cumulative WorkerStats counters over all workers, the dead included
     gateways           [gateway_id, beat_age_s, in_flight]
@@ -51,7 +51,7 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
     workers = list(scheduler.workers.values())
     entries = list(scheduler.ledger.entries.values())
     prefilling = sum(entry.first_token_at is None for entry in entries)
-    first = next(iter(queue), None)
+    oldest_at = queue.oldest_at
     from_latency = scheduler.latencies.status(now, config.ttft_target_s, config.tpot_target_s)
     return {
         "ready": any(w.takes_work and w.info.role == "decode" for w in workers),
@@ -63,8 +63,8 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
             "max_requests": queue.max_requests,
             "max_tokens": queue.max_tokens,
             "max_bytes": queue.max_bytes,
-            "oldest_s": now - first.queued_at if first else 0.0,
-            "drain_s": scheduler.predicted_drain_s(first.admit.model, now) if first else 0.0,
+            "oldest_s": now - oldest_at if oldest_at is not None else 0.0,
+            "drain_s": max((scheduler.predicted_drain_s(model, now) for model in queue.orders), default=0.0),
         },
         "in_flight": {"total": len(entries), "prefilling": prefilling, "decoding": len(entries) - prefilling},
         "latencies": from_latency,

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from api.backend import ModelCard
+from api.backend import InForce, ModelCard
 from api.detokenize import Detokenizer
 from api.tokenizer import Tokenizer
+from configs.tenants import without_file
 from protocol.errors import NotFound
 from protocol.events import Event, Finished, PromptScored, Timing, TokenLogprobs, Tokens, Usage
 from protocol.request import Request
@@ -49,6 +50,7 @@ class FakeBackend:
         self.ready = True
         self.asked: list[tuple[str, dict[str, Any]]] = []  # of the history
         self.sla_rows: list[dict[str, Any]] = []
+        self.in_force = InForce(without_file(2.0, 0.2, 0.99))
         self.cards = [
             ModelCard(
                 id=name,
@@ -63,6 +65,9 @@ class FakeBackend:
 
     def models(self) -> list[ModelCard]:
         return self.cards
+
+    def tenants(self) -> InForce:
+        return self.in_force
 
     def is_ready(self) -> bool:
         return self.ready
@@ -81,6 +86,10 @@ class FakeBackend:
             if query["request_id"] != "known":
                 raise NotFound("no such request is remembered")
             return {"request": {"id": "known"}, "timeline": [], "why": None}
+        if what == "decision":
+            if query["request_id"] != "known":
+                raise NotFound("no such decision is remembered")
+            return {"id": "known", "words": ["request known"]}
         if what == "sla":
             return {"window_s": query["window_s"], "rows": self.sla_rows}
         series = {"step_s": 5, "point": None, **({"history": {"t": []}} if what == "snapshot" else {})}

@@ -258,7 +258,8 @@ async def test_harmless_values_are_never_refused_and_never_forwarded(
             response = await client.post(path, json={**base, field: value})
             assert response.status_code == 200, (field, value, response.text)
     for request in backend.requests:
-        assert (request.tenant, request.slo_class, request.priority, request.cache_salt) == ("default", "standard", 0, "")
+        assert (request.tenant, request.slo_class, request.cache_salt) == ("default", "standard", "")
+        assert request.priority in (0, 5), "rights.py lets a tenant order its own requests"
         assert "evil" not in repr(request)
 
 

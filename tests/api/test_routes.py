@@ -11,11 +11,11 @@ from fake_backend import FakeBackend
 from fastapi import FastAPI
 
 from api.app import build_app
-from api.auth import tenant_of
+from api.auth import keys_of
 from api.backend import Settings, hash_api_key
 from api.routes import UNBUILT_ROUTES
 from api.tokenizer import Tokenizer
-from protocol.errors import Unauthorized, WorkerLost
+from protocol.errors import WorkerLost
 
 KEY = "sk-tandem-1"
 OPEN = {"/", "/health", "/ready", "/ping", "/version", "/metrics", "/dashboard"}
@@ -47,7 +47,8 @@ def all_routes() -> list[tuple[str, str]]:
         ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/v1/models/m"),
         ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/tokenizer_info"), ("GET", "/load"),
         ("GET", "/dashboard/data"), ("GET", "/dashboard/requests"), ("GET", "/admin/sla"), ("GET", "/admin/sla.csv"),
-        ("GET", "/dashboard/requests/known"), ("GET", "/openapi.json"), *(("GET", path) for path in OPEN),
+        ("GET", "/dashboard/requests/known"), ("GET", "/admin/decisions/known"),
+        ("GET", "/openapi.json"), *(("GET", path) for path in OPEN),
         *(("POST", path) for path in UNBUILT_ROUTES),
     ]  # fmt: skip
 
@@ -90,12 +91,11 @@ async def test_no_spelling_of_a_path_gets_around_the_key(locked: FastAPI, path: 
 
 
 def test_keys_are_compared_as_bytes() -> None:
-    settings = Settings(api_keys={hash_api_key("schlüssel"): "t", hash_api_key(KEY): "u"})
-    assert tenant_of([f"Bearer {'schlüssel'.encode().decode('latin-1')}"], settings) == "t"
-    assert tenant_of([f"bearer  {KEY} "], settings) == "u"
+    keys = keys_of(Settings(api_keys={hash_api_key("schlüssel"): "t", hash_api_key(KEY): "u"}, operators=("u",)))
+    assert keys.caller([f"Bearer {'schlüssel'.encode().decode('latin-1')}"]) == ("t", False)
+    assert keys.caller([f"bearer  {KEY} "]) == ("u", True)
     for headers in ([], [f"Bearer {KEY}", f"Bearer {KEY}"], ["Bearer " + "x" * 100_000], [f"Bearer {hash_api_key(KEY)}"]):
-        with pytest.raises(Unauthorized):
-            tenant_of(headers, settings)
+        assert keys.caller(headers) is None
 
 
 async def test_without_keys_everything_is_open(client: httpx.AsyncClient) -> None:

@@ -354,11 +354,13 @@ def test_encoding_is_cheap(byte_level: Tokenizer) -> None:
 
 def test_metrics_arithmetic() -> None:
     timing = Timing(queue_s=0.5, prefill_s=0.25, transfer_s=0.125, decode_s=2.0, ttft_s=0.75, e2e_s=2.75)
-    metrics = metrics_of(timing, Usage(10, 11), 1)
+    metrics = metrics_of(Finished(Usage(10, 11), timing), Usage(10, 11), 1)
     assert metrics["mean_itl_ms"] == 200.0
     assert metrics["tokens_per_second"] == 5.0
-    two = metrics_of(timing, Usage(10, 22), 2)
+    assert metrics["degraded"] is None
+    assert metrics_of(Finished(Usage(10, 11), timing, "at most 8 tokens"), Usage(10, 11), 1)["degraded"] == "at most 8 tokens"
+    two = metrics_of(Finished(Usage(10, 22), timing), Usage(10, 22), 2)
     assert (two["mean_itl_ms"], two["tokens_per_second"]) == (200.0, 10.0)
-    one = metrics_of(Timing(ttft_s=0.5, e2e_s=0.5), Usage(10, 1), 1)
+    one = metrics_of(Finished(Usage(10, 1), Timing(ttft_s=0.5, e2e_s=0.5)), Usage(10, 1), 1)
     assert (one["mean_itl_ms"], one["tokens_per_second"]) == (None, 2.0)
-    assert metrics_of(Timing(), Usage(1, 0), 1)["tokens_per_second"] is None
+    assert metrics_of(Finished(Usage(1, 0), Timing()), Usage(1, 0), 1)["tokens_per_second"] is None

@@ -118,7 +118,7 @@ async def scheduler(spec: dict[str, Any]) -> None:
     config = config_of(spec)
     network = network_of(spec, "scheduler")
     made = Scheduler(config.scheduler, enable_prefix_caching=config.model.enable_prefix_caching)
-    service = SchedulerService(made, network, time.monotonic, ClusterMetrics(assembly.served_name(config)))
+    service = SchedulerService(made, network, time.monotonic, ClusterMetrics(config.served_name))
     await service.start()
     fresh = Path(spec["folder"]) / f"scheduler.{os.getpid()}"
     fresh.write_text(network.address)

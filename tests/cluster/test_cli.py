@@ -49,6 +49,8 @@ OTHER = {
     "--host": "127.0.0.2",
     "--port": "8123",
     "--api-key": "secret",
+    "--scheduling-policy": "fair",
+    "--tenants": "t.yaml",
     "--kv-transport": "tcp",
 }
 
@@ -144,8 +146,8 @@ def test_only_what_is_built_is_listed(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main([]) == 2
     listed = capsys.readouterr().out
     assert all(word in listed for word in ("serve", "config", "status", "doctor", "version"))
-    assert cli.main(["deploy"]) == 2
-    assert "unknown command deploy; there are serve, config" in capsys.readouterr().err
+    assert cli.main(["fly"]) == 2
+    assert "unknown command fly; there are serve, deploy, config" in capsys.readouterr().err
     assert cli.main(["config"]) == 2
 
 

@@ -13,8 +13,9 @@ import msgspec
 import pytest
 import yaml
 
+from configs.check import check
 from configs.load import presets
-from configs.schema import Config, check
+from configs.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "ray"

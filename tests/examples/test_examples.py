@@ -15,7 +15,8 @@ import pytest
 from tests.system.served import Served, serve
 
 ROOT = Path(__file__).resolve().parents[2]
-KEYS = {"TANDEM_GATEWAY_API_KEY": "sk-all", "TANDEM_GATEWAY_TENANT_KEYS": "acme=sk-acme,globex=sk-globex"}
+KEYS = {"TANDEM_GATEWAY_API_KEY": "sk-all"}
+TENANTS = ("--tenants", str(ROOT / "configs/tenants.example.yaml"))
 NEEDS_NO_RUN = {
     "connection": "says where the server is",
     "demo": "test_the_demo",
@@ -28,7 +29,7 @@ pytestmark = [pytest.mark.more, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(tmp_path_factory.mktemp("examples"), "--kv-cache-memory-bytes", "128MiB", env=KEYS) as served:
+    with serve(tmp_path_factory.mktemp("examples"), "--kv-cache-memory-bytes", "128MiB", *TENANTS, env=KEYS) as served:
         yield served
 
 

@@ -16,6 +16,7 @@ from protocol.ticket import Ticket
 from scheduler.scheduler import Scheduler
 
 CONFIG = SchedulerConfig(
+    policy="fcfs",
     max_queue_requests=6,
     max_queue_tokens=4000,
     max_queue_bytes=40_000,
@@ -271,7 +272,8 @@ class Cluster(RuleBasedStateMachine):
 
     def _sync(self) -> None:
         """Requests whose gateway dropped them are over."""
-        self.waiting = {r: a for r, a in self.waiting.items() if r in self.scheduler.queue}
+        here = self.scheduler.queue
+        self.waiting = {r: a for r, a in self.waiting.items() if r in here or r in self.scheduler._pending}
         self.running = {r: t for r, t in self.running.items() if r in self.scheduler.ledger.entries}
 
     # ---- what always holds -----------------------------------------------------------------------------------------
@@ -282,16 +284,17 @@ class Cluster(RuleBasedStateMachine):
             return
         self.scheduler.check_integrity()
         self._drop_abandoned()
-        assert set(self.waiting) == {i.admit.request_id for i in self.scheduler.queue}, "nothing is lost in the queue"
+        pushed_out = self.scheduler._pending.keys()  # made room, and nobody was told yet
+        assert set(self.waiting) - pushed_out == {i.admit.request_id for i in self.scheduler.queue}, "nothing is lost in the queue"
         assert len(self.scheduler.index) <= 40
         wakeup = self.scheduler.next_wakeup(self.now)
         assert wakeup is None or wakeup >= self.now
         status = self.scheduler.status(self.now)
-        assert status["queue"]["requests"] == len(self.waiting)
+        assert status["queue"]["requests"] == len(self.waiting.keys() - pushed_out)
 
     def _drop_abandoned(self) -> None:
         """A tick may have ended a gateway's lease, and with it what it held."""
-        for request_id in [r for r in self.waiting if r not in self.scheduler.queue]:
+        for request_id in [r for r in self.waiting if r not in self.scheduler.queue and r not in self.scheduler._pending]:
             assert request_id in self.scheduler._ended
             del self.waiting[request_id]
 

@@ -465,8 +465,6 @@ def test_every_key_is_read_somewhere():
                     read.add((ast.unparse(node.value).rsplit(".", 1)[-1].lstrip("_"), node.attr))
     if ("config", "parallel") in read:  # what configs/ itself makes of tp and pp
         read |= {(role, name) for role in ("prefill", "decode") for name in ("tp", "pp")}
-    if "tenants_of(config.gateway)" in (ROOT / "cluster/door.py").read_text():  # and of the tenants' keys
-        read.add(("gateway", "tenant_keys"))
     ignored = [
         key
         for key in KEYS

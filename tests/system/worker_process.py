@@ -9,7 +9,7 @@ import sys
 
 import msgspec
 
-from cluster.life import WorkerLife
+from cluster.life import FindScheduler, WorkerLife
 from cluster.subprocess_ranks import SubprocessSpawn
 from cluster.wire import SocketNetwork
 from configs.schema import Config
@@ -25,12 +25,14 @@ class WorkerOrder(msgspec.Struct):
 
 async def live(order: WorkerOrder) -> None:
     secret = order.secret.encode()
-    network = SocketNetwork(f"{order.role}:{order.index}", secret)
 
     async def find() -> str:
         return order.scheduler
 
-    life = WorkerLife(order.role, order.index, order.config, secret, network, find, SubprocessSpawn(secret))
+    def renew() -> tuple[SocketNetwork, FindScheduler]:
+        return SocketNetwork(f"{order.role}:{order.index}", secret), find
+
+    life = WorkerLife(order.role, order.index, order.config, secret, *renew(), SubprocessSpawn(secret), renew)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, life.leave)
     await life.start()
     while not life.is_over:  # Serve's health check

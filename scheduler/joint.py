@@ -1,0 +1,446 @@
+"""The default placer: prefill and decode worker of one request chosen together, over columns of numbers (`scheduler.table`).
+
+    prefill worker  least TTFT + work * pressure: queue + uncached part + transfer, where a second of work counts for itself and for
+                    everybody who waits behind it, as long as the promise holds
+    decode worker   of those whose step time keeps every promise there (its own, and the ones it has) and whose KV and sequences fit
+                    when the prefill ends: the one with the least step time; a looser class than others goes to the fullest of them,
+                    so that whole workers stay quick for who needs them
+    neither         a prompt with few uncached tokens, or no prefill worker: the decode worker prefills by itself
+    deflected       the prefill pool would miss the promise, or has more to do than it can in time: a decode worker with slack does it
+    overflow        only when nobody else keeps the promise
+
+Late binding: work is given to a prefill worker only while its queue is short (`lookahead_s`); the rest waits in the scheduler's
+queue, where order and choice can still change. docs/decision.md has the formulas and where they come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from protocol.messages import Admit
+from scheduler.cost import TRUSTED_AFTER, CostModel, OutputLength
+from scheduler.explain import Candidate
+from scheduler.ledger import WorkerState
+from scheduler.placement import Blocked, Placement, Refused, Rules
+from scheduler.prefix_index import Matches
+from scheduler.table import (
+    AT_END,
+    BACKLOG_S,
+    COMING,
+    CONTEXT,
+    DECODE_DRIFT,
+    DECODING,
+    FREE,
+    HEAD_S,
+    HEAD_SINCE,
+    NUM_PREFILLS,
+    PREFILL_DRIFT,
+    TAKES,
+    TPOT_LIMIT,
+    Bools,
+    Floats,
+    Pool,
+    Rows,
+)
+
+EQUAL = 0.01  # relative: predictions that differ by less are equals, between which price decides
+LOOKAHEAD_SHARE = 0.1  # of the promised TTFT: how much work a prefill worker may have before it
+MIN_LOOKAHEAD_S, MAX_LOOKAHEAD_S = 0.02, 0.5
+MAX_PRESSURE = 4.0
+UNTRIED = 1.5  # how much slower than a prefill worker a decode worker is taken to prefill before it has shown it
+NUM_CANDIDATES = 4  # of each role that an explanation shows
+
+_prefill_theta: Callable[[CostModel], list[float]] = lambda cost: cost.prefill.theta  # noqa: E731
+_decode_theta: Callable[[CostModel], list[float]] = lambda cost: cost.decode.theta  # noqa: E731
+_transfer_theta: Callable[[CostModel], list[float]] = lambda cost: cost.transfer.theta  # noqa: E731
+
+
+class Prefills(NamedTuple):
+    """Predictions for every row of a role; seconds, infinite for those that cannot have it."""
+
+    queue_s: Floats
+    work_s: Floats
+    ttft_s: Floats
+    cached: Floats
+
+
+class Decodes(NamedTuple):
+    tpot_s: Floats
+    has_room: Bools
+    keeps: Bools  # every promise there, its own included
+
+
+class View:
+    """One request looked at against one pool: what `Joint.place` and admission share. All lengths in tokens, times in seconds."""
+
+    def __init__(
+        self, admit: Admit, pool: Pool, output: OutputLength, matches: Mapping[str, int], rules: Rules, now: float
+    ) -> None:
+        pool.refresh()
+        self.admit = admit
+        self.pool = pool
+        self.rules = rules
+        self.now = now
+        own = output.of_tenant(admit.tenant)
+        self.expected = own.expected(admit.max_tokens)
+        self.mean = max(1.0, output.mean)
+        self.matches = matches
+        self.is_blind = not matches
+
+    def cached(self, rows: Rows) -> Any:
+        """Tokens of the prompt that each of these holds; 0 if nobody holds any."""
+        if self.is_blind or not len(rows):
+            return 0.0
+        if isinstance(self.matches, Matches):
+            lengths = self.matches.column(rows.bits)
+        else:
+            lengths = np.array([self.matches.get(w.incarnation, 0) for w in rows.workers], dtype=np.float64)
+        found: Floats = np.minimum(lengths * self.rules.hash_block_len, self.admit.prompt_len - 1)
+        return found
+
+    def usable(self, rows: Rows) -> Bools:
+        takes: Bools = rows.live[TAKES] > 0
+        for incarnation in self.admit.excluded:
+            at = rows.at.get(incarnation)
+            if at is not None:
+                takes[at] = False
+        return takes
+
+    def prefills(self, rows: Rows, usable: Bools) -> Prefills:
+        live, admit = rows.live, self.admit
+        n = float(admit.prompt_len)
+        c = self.cached(rows)
+        a, b, square = rows.theta(_prefill_theta)
+        done = np.minimum(live[HEAD_S], np.maximum(0.0, self.now - live[HEAD_SINCE]))
+        queue = np.maximum(0.0, live[BACKLOG_S] - done)
+        work = (a + b * (n - c) / 1e3 + square * (n * n - c * c) / 1e6) * live[PREFILL_DRIFT]
+        blocks = rows.num_blocks_for(n)
+        ta, tb = rows.theta(_transfer_theta)
+        # Layers travel while the next ones compute; what is left at the end is about one layer's share of the blocks.
+        ttft = queue + work + ta + tb * blocks * rows.run_nbytes / 1e9
+        ttft = np.where(usable & (blocks <= rows.num_blocks), ttft, math.inf)
+        return Prefills(queue, work, ttft, c if isinstance(c, np.ndarray) else np.zeros(len(rows)))
+
+    def local(self, rows: Rows, usable: Bools) -> Prefills:
+        """The same for decode workers that prefill by themselves: in chunks between others' tokens."""
+        live, admit = rows.live, self.admit
+        n = float(admit.prompt_len)
+        c = self.cached(rows)
+        a, b, square = rows.theta(self._local_theta)
+        done = np.minimum(live[HEAD_S], np.maximum(0.0, self.now - live[HEAD_SINCE]))
+        queue = np.maximum(0.0, live[BACKLOG_S] - done)
+        work = (a + b * (n - c) / 1e3 + square * (n * n - c * c) / 1e6) * live[PREFILL_DRIFT]
+        ttft = np.where(usable & (rows.can_prefill | rows.is_overflow), queue + work + self._steps_between(rows, n - c), math.inf)
+        return Prefills(queue, work, ttft, c if isinstance(c, np.ndarray) else np.zeros(len(rows)))
+
+    def _local_theta(self, cost: CostModel) -> list[float]:
+        """A decode worker that has hardly prefilled yet is taken for a somewhat slower prefill worker, where those are known."""
+        pool = self.pool.prefill.costs
+        if cost.prefill.num_observations >= TRUSTED_AFTER or not pool or pool[0].prefill.num_observations < TRUSTED_AFTER:
+            return cost.prefill.theta
+        return [max(UNTRIED * theirs, own) for theirs, own in zip(pool[0].prefill.theta, cost.prefill.theta, strict=True)]
+
+    def _steps_between(self, rows: Rows, num_tokens: Any) -> Floats:
+        """Seconds that the tokens of those who decode there take out of a prompt's prefill."""
+        live = rows.live
+        decoding = live[DECODING]
+        step = self._step(rows, decoding, live[CONTEXT])
+        chunks = np.ceil(num_tokens / np.maximum(1.0, rows.chunk - decoding))
+        return np.where(decoding > 0, step * chunks, 0.0)
+
+    @staticmethod
+    def _step(rows: Rows, num_seqs: Any, context: Any) -> Floats:
+        a, b, c = rows.theta(_decode_theta)
+        found: Floats = (a + b * context / 1e3 + c * num_seqs) * rows.live[DECODE_DRIFT]
+        return found
+
+    def decodes(self, rows: Rows, usable: Bools, until_first: Any, extra_s: Any = 0.0) -> Decodes:
+        """until_first: seconds until its prefill ends; extra_s: of prefill that the decode worker would do for it."""
+        live, admit = rows.live, self.admit
+        choices, prompt_len = admit.num_choices, float(admit.prompt_len)
+        decoding, coming, context = live[DECODING], live[COMING], live[CONTEXT]
+        there = decoding + coming
+        is_empty = there == 0
+        step = self._step(rows, decoding, context)
+        # Of those that decode now, some will have ended. Lengths are memoryless here: nobody knows when one stops.
+        survivors = decoding * np.exp(-until_first / (step * self.mean))
+        num_seqs = survivors + coming + choices
+        share = num_seqs / (there + choices)
+        mine = choices * (prompt_len + self.expected / 2)
+        # What it prefills by itself, spread over the tokens that each of those who decode there has before them.
+        stalls = (live[BACKLOG_S] + extra_s) / self.mean
+        tpot = self._step(rows, num_seqs, context * share + mine) + stalls
+        blocks = rows.num_blocks_for(prompt_len)
+        begin = blocks + choices - (prompt_len % rows.block_size != 0)
+        if admit.resumption and admit.local_prefill:
+            # Choices that differ come back one after the other, so alone it needs no more than the first of them does.
+            begin = np.where(is_empty, np.minimum(begin, blocks), begin)
+        # A worker keeps a block free for every other running sequence's next token; so must this prediction.
+        room = usable & (live[FREE] >= begin + there // 2)
+        at_end = live[AT_END] + blocks + choices * np.ceil(math.ceil(self.expected) / rows.block_size)
+        room &= is_empty | ((num_seqs <= rows.max_seqs) & (at_end <= rows.num_blocks))
+        return Decodes(tpot, room, self._keeps(rows, tpot, mine, is_empty, choices) & room)
+
+    def limit(self) -> float:
+        return self.admit.tpot_slo_s or self.rules.tpot_target_s
+
+    def _keeps(self, rows: Rows, tpot: Floats, mine: float, is_empty: Bools, choices: int) -> Bools:
+        margin = self.margin(rows)
+        limit = self.limit()
+        # What it could not keep even alone is lost already, and holds nobody back.
+        alone = self._step(rows, choices, mine)
+        own = np.where(alone * margin <= limit, limit, math.inf)
+        return is_empty | (tpot * margin <= np.minimum(own, rows.live[TPOT_LIMIT]))
+
+    def margin(self, rows: Rows) -> float:
+        """By how much a step time is to be overestimated, so that the promised share of requests keeps its promise."""
+        return max(cost.tpot_margin.factor for cost in rows.costs)
+
+
+class Joint:
+    """See the module. `pressure`: how many requests wait for each prefill worker of the model that is being placed; `packs`: whether
+    a class with a tighter promise than the request's exists. Both set by the scheduler, which knows queue and classes."""
+
+    def __init__(self, rules: Rules, max_deflected_share: float = 0.5) -> None:
+        self._rules = rules
+        self._max_deflected_share = max_deflected_share
+        self.pressure = 0.0
+        self.backlog_s = 0.0  # of prefill work that waits, for each prefill worker
+        self.tightest_tpot_s = math.inf
+        self.prefers_spot = False
+        self.waits_for_decode = True  # what the last one that was blocked had no room in; else it waits for a prefill worker
+        self.view: View | None = None
+        self._seen: tuple[Prefills | None, Decodes | None] = (None, None)
+
+    def place(
+        self,
+        admit: Admit,
+        workers: Sequence[WorkerState],
+        output: OutputLength,
+        matches: Mapping[str, int],
+        queued_at: float,
+        now: float,
+    ) -> Placement | Blocked | Refused:
+        pool = workers if isinstance(workers, Pool) else Pool(workers)
+        view = self.view = View(admit, pool, output, matches, self._rules, now)
+        self._seen = (None, None)
+        self.waits_for_decode = True
+        rows = pool.decode
+        usable = view.usable(rows) if len(rows) else np.zeros(0, dtype=bool)
+        if admit.excluded and not usable.any():
+            usable = self._again(rows, queued_at)
+        if not usable.any():
+            return Blocked.NO_WORKER
+        found: Placement | Blocked = Blocked.NO_ROOM
+        ours = usable & ~rows.is_overflow if rows.has_overflow else usable
+        left = self._left(admit, queued_at, now)
+        if ours.any():
+            found = self._place(view, ours, left)
+        if rows.has_overflow and (isinstance(found, Blocked) or found.ttft_s > left):
+            return self._on_overflow(view, usable & rows.is_overflow, left) or found
+        return found
+
+    def _left(self, admit: Admit, queued_at: float, now: float) -> float:
+        """Seconds until its first token is due."""
+        if admit.resumption or admit.ttft_slo_s is None:
+            return math.inf
+        return queued_at - admit.waited_s + admit.ttft_slo_s - now
+
+    @staticmethod
+    def _again(rows: Rows, queued_at: float) -> Bools:
+        """Excluded workers are the last choice, not a forbidden one, once a heartbeat shows that they live."""
+        alive: Bools = np.array([w.takes_work and not w.is_full and w.last_beat_at > queued_at for w in rows.workers], dtype=bool)
+        return alive
+
+    def _place(self, view: View, usable: Bools, left: float) -> Placement | Blocked:
+        admit, rules, rows = view.admit, self._rules, view.pool.decode
+        prefills, best = self._best_prefill(view, usable, left)
+        local = view.local(rows, usable) if best is None or self._may_be_local(view) else None
+        at = None
+        if local is not None:
+            short = np.isfinite(local.ttft_s)
+            if best is not None:
+                short &= admit.prompt_len - local.cached < rules.disaggregation_threshold
+            if short.any():
+                at = self._choose(view, view.decodes(rows, short, local.ttft_s, local.work_s), is_last=best is None)
+                if at is not None:
+                    return self._here(view, local, at)
+        if best is None or prefills is None:
+            return Blocked.NO_ROOM
+        ttft = float(prefills.ttft_s[best])
+        is_busy = self._is_busy(view, prefills, best)
+        if is_busy or ttft > left:
+            deflected = self._deflect(view, usable, local, ttft, left)
+            if deflected is not None:
+                return deflected
+            if is_busy:
+                self.waits_for_decode = False
+                return Blocked.NO_ROOM
+        at = self._choose(view, view.decodes(rows, usable, ttft), is_last=True)
+        if at is None:
+            return Blocked.NO_ROOM
+        worker = view.pool.prefill.workers[best]
+        seen = self._seen[1]
+        assert seen is not None
+        return self._placement(view, rows.workers[at], worker, prefills, best, ttft, float(seen.tpot_s[at]))
+
+    def _may_be_local(self, view: View) -> bool:
+        return bool(view.matches) or view.admit.prompt_len < self._rules.disaggregation_threshold
+
+    def _best_prefill(self, view: View, usable: Bools, left: float) -> tuple[Prefills | None, int | None]:
+        rows, admit = view.pool.prefill, view.admit
+        if not len(rows) or admit.local_prefill:
+            return None, None
+        could = view.usable(rows)
+        if admit.excluded and not could.any() and not (view.pool.decode.can_prefill & usable).any():
+            could = rows.live[TAKES] > 0
+        found = view.prefills(rows, could)
+        self._seen = (found, None)
+        ttft = found.ttft_s
+        soonest = int(ttft.argmin())
+        least = float(ttft[soonest])
+        if least == math.inf:
+            return found, None
+        score = ttft
+        pressure = min(MAX_PRESSURE, self.pressure)
+        if pressure > 0 and not view.is_blind:
+            score = ttft + pressure * found.work_s
+            if left > least:  # work may be saved with what the promise leaves, never with more
+                score = np.where(ttft <= max(least, 0.5 * left), score, math.inf)
+            soonest = int(score.argmin())
+        return found, self._among_equals(rows, score, float(score[soonest]), rows.live[NUM_PREFILLS])
+
+    def _among_equals(self, rows: Rows, score: Floats, least: float, load: Floats) -> int:
+        """Of those that are as good as the best: by price and kind, then the least loaded, then who came first."""
+        equal = np.flatnonzero(score <= least * (1 + EQUAL) + 1e-4)
+        if len(equal) == 1:
+            return int(equal[0])
+        if rows.differ:
+            liked = rows.is_spot[equal] == self.prefers_spot
+            price = rows.price[equal] + np.where(liked, 0.0, 1e12)
+            equal = equal[price <= price.min()]
+        return int(equal[load[equal].argmin()])
+
+    def _is_busy(self, view: View, prefills: Prefills, best: int) -> bool:
+        """Nobody has a short queue: it waits where order and choice can still change. Whose prefix lies on a busy worker goes there
+        all the same while others are free, because it has been weighed against them."""
+        rows = view.pool.prefill
+        waiting = rows.live[NUM_PREFILLS]
+        if any(cost.prefill.num_observations < TRUSTED_AFTER for cost in rows.costs):  # no order of magnitude is known yet
+            deep = (prefills.queue_s > self._rules.max_prefill_queue_s) & (waiting >= 2)
+            return bool(deep[best])
+        short = prefills.queue_s <= self.lookahead_s(view.admit)
+        free = (short | (waiting < 1)) & np.isfinite(prefills.ttft_s)
+        return not free.any()
+
+    def lookahead_s(self, admit: Admit) -> float:
+        promise = admit.ttft_slo_s or self._rules.max_prefill_queue_s
+        return max(MIN_LOOKAHEAD_S, min(MAX_LOOKAHEAD_S, LOOKAHEAD_SHARE * promise))
+
+    def _choose(self, view: View, decodes: Decodes, *, is_last: bool) -> int | None:
+        """The row to decode on; None without room. is_last: nobody else is asked, so a promise that nobody keeps may be broken where
+        the predictions are not to be trusted yet."""
+        self._seen = (self._seen[0], decodes)
+        rows = view.pool.decode
+        packs = view.limit() > self.tightest_tpot_s * (1 + EQUAL)
+        if decodes.keeps.any():
+            if packs:
+                load = np.where(decodes.keeps, rows.live[DECODING] + rows.live[COMING], -1.0)
+                return self._among_equals(rows, -load, -float(load.max()), -rows.live[AT_END])
+            tpot = np.where(decodes.keeps, decodes.tpot_s, math.inf)
+            return self._among_equals(rows, tpot, float(tpot.min()), rows.live[AT_END])
+        if is_last and not self.is_trusted(rows) and decodes.has_room.any():
+            return int(np.where(decodes.has_room, decodes.tpot_s, math.inf).argmin())
+        return None
+
+    @staticmethod
+    def is_trusted(rows: Rows) -> bool:
+        return all(cost.decode.num_observations >= TRUSTED_AFTER for cost in rows.costs)
+
+    def _deflect(self, view: View, usable: Bools, local: Prefills | None, ttft_s: float, left: float) -> Placement | None:
+        """A decode worker does the prefill where the pool would miss the promise, or has more waiting than it can do in time."""
+        rows, admit = view.pool.decode, view.admit
+        is_needed = ttft_s > left or self.backlog_s > 0.5 * (admit.ttft_slo_s or math.inf)
+        if not is_needed or self._max_deflected_share <= 0 or left == math.inf or not self.is_trusted(rows):
+            return None
+        local = local or view.local(rows, usable)
+        # Work there / (work there + what a request's life lasts) is the share of its steps that prompts take.
+        life = view.mean * view._step(rows, rows.live[DECODING], rows.live[CONTEXT])
+        work = rows.live[BACKLOG_S] + local.work_s
+        in_time = usable & (local.ttft_s <= left) & (work <= self._max_deflected_share * (work + life))
+        if not in_time.any():
+            return None
+        seen = self._seen[1]
+        decodes = view.decodes(rows, in_time, local.ttft_s, local.work_s)
+        at = self._choose(view, decodes, is_last=False)
+        if at is None:
+            self._seen = (self._seen[0], seen)
+            return None
+        return self._here(view, local, at)
+
+    def _on_overflow(self, view: View, usable: Bools, left: float) -> Placement | None:
+        rows = view.pool.decode
+        if not usable.any():
+            return None
+        local = view.local(rows, usable)
+        decodes = view.decodes(rows, np.isfinite(local.ttft_s), local.ttft_s)
+        fits = decodes.has_room & (rows.live[DECODING] + rows.live[COMING] < rows.max_seqs)
+        fits &= (local.ttft_s <= left) if math.isfinite(left) else usable
+        if not fits.any():
+            return None
+        at = self._among_equals(rows, np.where(fits, local.ttft_s, math.inf), float(local.ttft_s[fits].min()), rows.live[AT_END])
+        self._seen = (self._seen[0], decodes)
+        return self._here(view, local, at)
+
+    def _here(self, view: View, local: Prefills, at: int) -> Placement:
+        worker = view.pool.decode.workers[at]
+        seen = self._seen[1]
+        assert seen is not None
+        return self._placement(view, worker, None, local, at, float(local.ttft_s[at]), float(seen.tpot_s[at]))
+
+    def _placement(
+        self, view: View, decode: WorkerState, prefill: WorkerState | None, found: Prefills, at: int, ttft_s: float, tpot_s: float
+    ) -> Placement:
+        # A promise that this very worker could not keep alone holds nobody back later.
+        limit = view.limit()
+        alone = decode.cost.decode_s(1, view.admit.prompt_len + view.expected / 2) * decode.decode_drift.factor
+        limit = limit if alone * view.margin(view.pool.decode) <= limit else math.inf
+        cached = int(found.cached[at])
+        return Placement(decode, prefill, cached, float(found.work_s[at]), ttft_s, view.expected, tpot_s, limit)
+
+    # ---- why -------------------------------------------------------------------------------------------------------
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The best few of each role, as the last `place` saw them."""
+        if self.view is None:
+            return ()
+        prefills, decodes = self._seen
+        out: list[Candidate] = []
+        if prefills is not None:
+            rows = self.view.pool.prefill
+            for i in _smallest(prefills.ttft_s):
+                ttft = float(prefills.ttft_s[i])
+                out.append(
+                    Candidate(
+                        rows.workers[i].info.name, "prefill", float(prefills.queue_s[i]), ttft if math.isfinite(ttft) else None,
+                        None, int(prefills.cached[i]), int(rows.live[NUM_PREFILLS, i]), "" if math.isfinite(ttft) else "cannot take it",
+                    )
+                )  # fmt: skip
+        if decodes is not None:
+            rows = self.view.pool.decode
+            for i in _smallest(np.where(decodes.keeps, decodes.tpot_s, decodes.tpot_s + 1e6)):
+                why = "" if decodes.keeps[i] else "would break a promise" if decodes.has_room[i] else "no room"
+                load = int(rows.live[DECODING, i] + rows.live[COMING, i])
+                out.append(Candidate(rows.workers[i].info.name, "decode", None, None, float(decodes.tpot_s[i]), 0, load, why))
+        return tuple(out)
+
+
+def _smallest(values: Floats) -> list[int]:
+    if len(values) <= NUM_CANDIDATES:
+        return [int(i) for i in values.argsort()]
+    few = np.argpartition(values, NUM_CANDIDATES)[:NUM_CANDIDATES]
+    return [int(i) for i in few[values[few].argsort()]]

@@ -1,0 +1,174 @@
+"""Pools of the real cluster: two models that share it, pools that follow their load, a worker whose machine is taken away."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.local import oracle
+from tests.system.served import Served, serve
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
+# What one model's traffic must leave alone in the other's workers.
+COUNTERS = ("num_used_blocks", "num_cached_blocks", "prefix_queries", "prefix_hits", "prompt_tokens", "generation_tokens")
+CODE = "def parse_arguments(argv):\n    parser = argparse.ArgumentParser()\n    parser.add_argument('--name{}')\n" * 3
+
+
+def alive(served: Served) -> dict[str, dict[str, Any]]:
+    return {w["name"]: w for w in served.status()["workers"] if w["alive"]}
+
+
+def counters(served: Served, model: str) -> dict[str, dict[str, int]]:
+    return {name: {c: w["stats"][c] for c in COUNTERS} for name, w in alive(served).items() if w["model"] == model}
+
+
+def complete(served: Served, body: dict[str, Any]) -> list[int]:
+    status, answer = served.post("/v1/completions", {"temperature": 0, "return_token_ids": True, **body}, timeout=120)
+    assert status == 200, answer
+    ids: list[int] = answer["choices"][0]["token_ids"]
+    return ids
+
+
+def toy(served: Served, i: int, num_tokens: int = 40) -> None:
+    prompt = [(i * 7 + k * 3) % 200 + 1 for k in range(120)]
+    body = {"model": "toy", "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True}
+    assert complete(served, body) == oracle(prompt, num_tokens)
+
+
+def bundled(served: Served, i: int) -> list[int]:
+    return complete(served, {"model": "bundled", "prompt": CODE.replace("{}", str(i)), "max_tokens": 24})
+
+
+# ---- two models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "models.yaml").write_text("also:\n  - toy\nmodel: {name: bundled, kv_cache_bytes: 64MiB}\nscheduler: {drain_s: 5}\n")
+    with serve(folder, "--config", "models.yaml", patience_s=180) as running:
+        running.wait(lambda: len(alive(running)) == 4, 60, "four workers")
+        yield running
+
+
+def test_both_are_named_and_a_third_is_not_found(two: Served) -> None:
+    cards = json.loads(two.get("/v1/models")[1])["data"]
+    assert [card["id"] for card in cards] == ["bundled", "toy"]
+    assert set(alive(two)) == {"bundled/prefill:0", "bundled/decode:0", "toy/prefill:0", "toy/decode:0"}
+    status, answer = two.post("/v1/completions", {"model": "third", "prompt": "x"})
+    assert status == 404
+    assert "served: bundled, toy" in answer["error"]["message"]
+    text = [two.post("/tokenize", {"model": name, "prompt": "def f(): pass"})[1]["tokens"] for name in ("bundled", "toy")]
+    assert text[0] != text[1], "each has its own tokenizer"
+    assert "and toy from" in two.log.read_text()
+
+
+def test_two_models_share_a_cluster_and_neither_touches_the_others_blocks(two: Served) -> None:
+    alone = [bundled(two, i) for i in range(12)]
+    two.wait(lambda: counters(two, "bundled")["bundled/decode:0"]["num_used_blocks"] == 0, 20, "bundled is idle")
+    time.sleep(1.5)  # a heartbeat
+    before = counters(two, "bundled")
+    assert sum(c["num_cached_blocks"] for c in before.values()) > 0, "there is something to evict"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: toy(two, i), range(32)))
+    time.sleep(1.5)
+    assert counters(two, "bundled") == before
+    of_toy = counters(two, "toy")
+    assert sum(c["generation_tokens"] for c in of_toy.values()) >= 32 * 40
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        waiting = [pool.submit(toy, two, 100 + i) for i in range(24)]
+        together = list(pool.map(lambda i: bundled(two, i), range(12)))
+        for one in waiting:
+            one.result()
+    assert together == alone, "the tokens are those of a cluster of its own"
+    hits = sum(c["prefix_hits"] for c in counters(two, "bundled").values())
+    assert hits > sum(c["prefix_hits"] for c in before.values()), "and what it had cached was still there"
+
+
+@pytest.mark.more
+def test_a_notice_to_the_only_decode_worker_of_a_model_loses_nothing(two: Served) -> None:
+    """Over HTTP; what does not end within the drain waits for the worker that Serve starts in its place."""
+    before = alive(two)["toy/decode:0"]["incarnation"]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        streams = [pool.submit(toy, two, 300 + i, 2500) for i in range(6)]
+        two.wait(lambda: alive(two)["toy/decode:0"]["ledger"]["decoding"] == 6, 30, "six streams")
+        assert two.post("/admin/workers/nobody/notice", {"seconds": 1})[0] == 404
+        assert two.post("/admin/workers/toy/decode:0/notice", {"seconds": "soon"})[0] == 400
+        status, answer = two.post("/admin/workers/toy/decode:0/notice", {"seconds": 3})
+        assert (status, answer) == (202, {"workers": ["toy/decode:0"], "seconds": 3})
+        for stream in streams:
+            stream.result()
+    two.wait(lambda: alive(two).get("toy/decode:0", {}).get("incarnation", before) != before, 60, "another one in its place")
+    assert two.status()["counters"].get("failed", 0) == 0
+    assert two.status()["counters"].get("resumed", 0) >= 1
+
+
+# ---- pools that follow their load --------------------------------------------------------------------------------------
+
+
+class Load:
+    """So many clients, each with one request after the other, until it is told to end; every token of every answer is compared."""
+
+    def __init__(self, served: Served) -> None:
+        self.num_done = 0
+        self.failures: list[str] = []
+        self._served = served
+        self._is_over = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def run(self, num_clients: int, num_tokens: int) -> None:
+        for client in range(num_clients):
+            thread = threading.Thread(target=self._client, args=(client, num_tokens))
+            thread.start()
+            self._threads.append(thread)
+
+    def _client(self, client: int, num_tokens: int) -> None:
+        i = 0
+        while not self._is_over.is_set():
+            i += 1
+            try:
+                toy(self._served, client * 1000 + i, num_tokens)
+                self.num_done += 1
+            except Exception as error:  # an HTTP error, a broken stream, a wrong token
+                self.failures.append(f"{type(error).__name__}: {str(error)[:300]}")
+
+    def end(self) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.mark.more
+def test_a_pool_goes_from_one_to_three_and_back_under_a_step_load(tmp_path: Path) -> None:
+    keys = ["scheduler.scale_up_s=2", "scheduler.scale_down_s=12", "scheduler.drain_s=10", "decode.max_replicas=3"]
+    sets = [part for key in keys for part in ("--set", key)]
+    with serve(tmp_path, "toy", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "64MiB", *sets, patience_s=180) as running:
+        decoding: Callable[[], list[str]] = lambda: sorted(n for n in alive(running) if n.startswith("decode"))  # noqa: E731
+        light, heavy = Load(running), Load(running)
+        light.run(1, 100)
+        running.wait(lambda: light.num_done > 5, 30, "the light load")
+        assert decoding() == ["decode:0"]
+        heavy.run(20, 300)
+        up_s = running.wait(lambda: len(decoding()) == 3, 90, "three decode workers")
+        assert len(set(decoding())) == 3
+        time.sleep(5)
+        assert all(w["ledger"]["decoding"] + w["ledger"]["prefilling"] for n, w in alive(running).items() if "decode" in n)
+        heavy.end()
+        down_s = running.wait(lambda: len(decoding()) == 1, 120, "one decode worker again")
+        time.sleep(2)
+        light.end()
+        print(f"\n1 -> 3 in {up_s:.1f} s, 3 -> 1 in {down_s:.1f} s; {heavy.num_done} + {light.num_done} requests")
+        assert not heavy.failures + light.failures
+        counted = running.status()["counters"]
+        assert counted.get("failed", 0) == counted.get("rejected", 0) == 0
+        assert heavy.num_done > 20
+        serves = json.loads(urllib.request.urlopen(f"{running.url}/v1/models").read())
+        assert serves["data"][0]["id"] == "toy"
