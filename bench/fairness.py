@@ -190,7 +190,7 @@ def _at(values: list[float], q: float) -> float:
 
 
 @contextlib.contextmanager
-def served(model: str, keys: dict[str, str], more: list[str], ttft_s: float = 30.0) -> Iterator[str]:
+def served(model: str, keys: dict[str, str], more: list[str], ttft_s: float = 1.0) -> Iterator[str]:
     """`tandem serve` with the two tenants; its address once it is healthy."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -300,7 +300,7 @@ class History:
         """What the scheduler decided about it and what came true; by the client's own id too. See `cluster/explain.py`."""
         row = self._rows.get(request_id) or self._rows.get(self._by_client.get(request_id, ""))
         known = row.request_id if row is not None else request_id
-        decision = self._scheduler.explain(known)
+        decision = self._decided(known)
         if decision is None:
             most = self._scheduler.config.max_decisions
             raise NotFound(
@@ -319,9 +319,17 @@ class History:
                 del self._by_client[gone.client_id]
         return row
 
+    def _decided(self, request_id: str) -> dict[str, Any] | None:
+        """As the scheduler remembers it; where the request had no promise of its own, its class's."""
+        decision = self._scheduler.explain(request_id)
+        if decision is not None:
+            promised = self._scheduler.tenants.slo_class(decision["request"]["class"])
+            decision["promise"] = {name: own or getattr(promised, name) for name, own in decision["promise"].items()}
+        return decision
+
     def _whole_why(self, row: Row) -> dict[str, Any] | None:
         """With what the scheduler remembers of the decision itself: whom it looked at, and what it expected of each."""
-        decision = self._scheduler.explain(row.request_id)
+        decision = self._decided(row.request_id)
         return row.why if decision is None else {**(row.why or {}), **why_of(decision, {row.prefill, row.decode})}
 
     def _why(self, ticket: Ticket, row: Row, now: float) -> dict[str, Any]:

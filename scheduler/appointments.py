@@ -17,6 +17,7 @@ from protocol.messages import Admit
 MAX_APPOINTMENTS = 16_384
 GRACE_S = 2.0  # and a quarter of the wait: how late one may come
 
+EARLY_S = 1e-3  # so much early is in time: the answer's header and the client's clock round
 LEARNING = 0.05
 
 Mark = tuple[str, str, int, int, int, bytes]
@@ -37,6 +38,7 @@ class Appointment(NamedTuple):
     tenant: str
     tokens: float  # set aside in the tenant's buckets; 0: no bucket was short
     mark: Mark
+    takes_s: float = 0.0  # until the next one's time
 
 
 class Appointments:
@@ -50,7 +52,7 @@ class Appointments:
         self._lines: dict[tuple[str, int], deque[Appointment]] = {}  # model, band -> in the order of their times
         self._line_end: dict[tuple[str, int], float] = {}
         self._count = 0
-        self.show_rate = 0.5  # of those that are told a time, who come; a moving mean
+        self.show_rate = 0.2  # of those that are told a time, who come; a moving mean
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -59,24 +61,27 @@ class Appointments:
         """The first time from `earliest` on that nobody has yet."""
         return max(earliest, self._line_end.get((model, band), earliest))
 
-    def make(self, appointment: Appointment, takes_s: float) -> None:
-        """takes_s: until the next one's time. Nothing is noted when there are too many already."""
+    def make(self, appointment: Appointment) -> None:
+        """Nothing is noted when there are too many already."""
         if len(self._numbers) >= MAX_APPOINTMENTS:
             return
         line = appointment.model, appointment.band
         # Those who stay away leave their times to others: told closer together, as many come as there is room for.
-        self._line_end[line] = max(self._line_end.get(line, 0.0), appointment.at + takes_s * self.show_rate)
+        self._line_end[line] = max(self._line_end.get(line, 0.0), appointment.at + appointment.takes_s * self.show_rate)
         self._count += 1
         self._numbers[id(appointment)] = self._count
         heapq.heappush(self._ends, (appointment.until, self._count, appointment))
         self._by_mark.setdefault(appointment.mark, deque()).append(appointment)
         self._lines.setdefault(line, deque()).append(appointment)
 
+    def has(self, admit: Admit, now: float) -> bool:
+        mine = self._by_mark.get(mark_of(admit))
+        return mine is not None and mine[0].at <= now + EARLY_S
+
     def keep(self, admit: Admit, now: float) -> Appointment | None:
         """The appointment with which this one comes, if it has one and its time has come."""
         mine = self._by_mark.get(mark_of(admit))
-        # A thousandth early is in time: the answer's header and the client's clock round.
-        if not mine or mine[0].at > now + 1e-3:
+        if not mine or mine[0].at > now + EARLY_S:
             return None
         appointment = mine[0]
         self._drop(appointment)
@@ -94,11 +99,15 @@ class Appointments:
             self._drop(appointment)
             self._gone.discard(number)
             self.show_rate -= LEARNING * self.show_rate
+            line = appointment.model, appointment.band
+            if line in self._line_end:
+                self._line_end[line] -= appointment.takes_s * self.show_rate
             out.append(appointment)
         return out
 
-    def work_s(self, model: str, band: int, until: float) -> float:
-        """What those of this band and higher ones who come will ask for by then."""
+    def work_s(self, model: str, band: int, tenant: str, until: float) -> float:
+        """What its own tenant's, and those of higher bands, who come will ask for by then. Other tenants' wait for their turn beside
+        it, which the order sees to."""
         total = 0.0
         for (of, its_band), line in self._lines.items():
             if of != model or its_band > band:
@@ -106,7 +115,8 @@ class Appointments:
             for appointment in line:
                 if appointment.at > until:
                     break
-                total += appointment.work_s
+                if its_band < band or appointment.tenant == tenant:
+                    total += appointment.work_s
         return total * self.show_rate
 
     def _drop(self, appointment: Appointment) -> None:

@@ -27,11 +27,13 @@ from scheduler.forecast import Forecast, forecast, has_workers, work_ahead, work
 from scheduler.joint import View
 from scheduler.pace import Pace
 from scheduler.placement import Rules
+from scheduler.price import Price
 from scheduler.queue import Item, Queue
 from scheduler.residuals import Residuals
 from scheduler.table import Pool
 from scheduler.terms import Terms, promised, terms_of
 
+SHORT = 0.15  # of the promised TTFT: who would wait longer comes at a time when not everybody can be served
 MAX_MODELS = 256  # whose pace is remembered
 
 
@@ -57,8 +59,11 @@ class Gate:
         find: Callable[[Admit], Mapping[str, int]],
         retry_budget: float,
         draw: Callable[[], float],
+        has_more: Callable[[Admit, float], bool],
     ) -> None:
-        """fairness None: the order is not by tenants' shares. find: what the prefix index holds of a prompt."""
+        """fairness None: the order is not by tenants' shares. find: what the prefix index holds of a prompt. has_more: whether a
+        request's tenant has more than its share, or nobody to share with."""
+        self._may_be_priced_out = has_more
         self._queue = queue
         self._pools = pools
         self._costs = costs
@@ -72,6 +77,7 @@ class Gate:
         self.paces: dict[str, Pace] = {}
         self.decode_is_short: dict[str, bool] = {}  # model -> whether its first in line last waited for decode room
         self.wait_error = Residuals()
+        self.prices: dict[str, Price] = {}  # by model
 
     # ---- in --------------------------------------------------------------------------------------------------------
 
@@ -134,6 +140,11 @@ class Gate:
             return Entered(mine, terms, None, is_appointed=is_appointed)
         seen = self.forecast(mine, tenants, terms, now)
         reason = self._missed(mine, terms, seen, is_appointed)
+        is_short = seen.wait_s > SHORT * self._left(mine, terms)
+        price = self.prices.setdefault(admit.model, Price())
+        price.asked(seen.cost, is_short)
+        if not reason and is_short and not is_appointed and seen.is_trusted and terms.refuses_late:
+            reason = "slo_ttft" if price.is_too_much(seen.cost) and self._may_be_priced_out(admit, now) else ""
         if not reason:
             return Entered(mine, terms, seen, is_appointed=is_appointed)
         victim = self._queue.costliest(admit.model, terms.band, admit.tenant) if reason == "slo_ttft" else None
@@ -144,8 +155,19 @@ class Gate:
             return degraded._replace(is_appointed=is_appointed)
         raise self.late(mine, terms, seen, reason, now)
 
-    def forecast(self, admit: Admit, tenants: Tenants, terms: Terms, now: float) -> Forecast:
-        """`admit` has its promise in it."""
+    def would_admit(self, admit: Admit, tenants: Tenants, now: float, before: float | None = None) -> bool:
+        """Whether its promise would be kept if it came now; changes nothing. before: appointments made for later do not count."""
+        terms = terms_of(tenants, admit.slo_class, admit)
+        mine = promised(admit, terms)
+        if self.buckets.wait(admit.tenant, tenants.tenant(admit.tenant), self._bucket_tokens(admit), now)[2] > 0:
+            return False
+        if not has_workers(self._pools.get(admit.model)):
+            return True
+        seen = self.forecast(mine, tenants, terms, now, before)
+        return not self._missed(mine, terms, seen, self.appointments.has(admit, now))
+
+    def forecast(self, admit: Admit, tenants: Tenants, terms: Terms, now: float, before: float | None = None) -> Forecast:
+        """`admit` has its promise in it. before: appointments made for later do not count."""
         view = self._view(admit, now)
         work = work_of(view)
         ahead = work_ahead(
@@ -157,7 +179,8 @@ class Gate:
             lambda name: tenants.tenant(name).weight,
             work.tokens,
         )
-        appointed = self.appointments.work_s(admit.model, terms.band, now + terms.ttft_s)
+        until = now + terms.ttft_s if before is None else min(before, now + terms.ttft_s)
+        appointed = self.appointments.work_s(admit.model, terms.band, admit.tenant, until)
         is_short = self.decode_is_short.get(admit.model, False)
         return forecast(view, terms, ahead, appointed, self._pace(admit.model), self.wait_error, is_short)
 
@@ -248,8 +271,8 @@ class Gate:
         after = min(admission.MAX_RETRY_S, at - now)
         at = now + after + min(admission.JITTER * after, takes_s + 0.02 * after) * self._draw()
         until = at + GRACE_S + 0.25 * after
-        made = Appointment(at, until, admit.model, terms.band, work_s, admit.tenant, tokens, mark_of(admit))
-        self.appointments.make(made, takes_s)
+        mark = mark_of(admit)
+        self.appointments.make(Appointment(at, until, admit.model, terms.band, work_s, admit.tenant, tokens, mark, takes_s))
         return at - now
 
     def _lose(self, tenants: Tenants, now: float) -> None:

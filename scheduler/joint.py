@@ -51,6 +51,7 @@ EQUAL = 0.01  # relative: predictions that differ by less are equals, between wh
 LOOKAHEAD_SHARE = 0.1  # of the promised TTFT: how much work a prefill worker may have before it
 MIN_LOOKAHEAD_S, MAX_LOOKAHEAD_S = 0.02, 0.5
 MAX_PRESSURE = 4.0
+ROOM_FOR = 2.0  # requests like its own that a tenant with more than its share leaves room for on each decode worker
 UNTRIED = 1.5  # how much slower than a prefill worker a decode worker is taken to prefill before it has shown it
 NUM_CANDIDATES = 4  # of each role that an explanation shows
 
@@ -90,6 +91,7 @@ class View:
         self.mean = max(1.0, output.mean)
         self.matches = matches
         self.is_blind = not matches
+        self.leaves_room = False
 
     def cached(self, rows: Rows) -> Any:
         """Tokens of the prompt that each of these holds; 0 if nobody holds any."""
@@ -183,7 +185,10 @@ class View:
         room = usable & (live[FREE] >= begin + there // 2)
         at_end = live[AT_END] + blocks + choices * np.ceil(math.ceil(self.expected) / rows.block_size)
         room &= is_empty | ((num_seqs <= rows.max_seqs) & (at_end <= rows.num_blocks))
-        return Decodes(tpot, room, self._keeps(rows, tpot, mine, is_empty, choices) & room)
+        later = tpot
+        if self.leaves_room:
+            later = self._step(rows, num_seqs + ROOM_FOR * choices, context * share + (1 + ROOM_FOR) * mine) + stalls
+        return Decodes(tpot, room, self._keeps(rows, later, mine, is_empty, choices) & room)
 
     def limit(self) -> float:
         return self.admit.tpot_slo_s or self.rules.tpot_target_s
@@ -212,7 +217,10 @@ class Joint:
         self.backlog_s = 0.0  # of prefill work that waits, for each prefill worker
         self.tightest_tpot_s = math.inf
         self.prefers_spot = False
+        self.free_in_s = 0.0  # when the first prefill worker's queue will be short
         self.waits_for_decode = True  # what the last one that was blocked had no room in; else it waits for a prefill worker
+        self.leaves_room = False  # the request's tenant has more than its share: room for some of others' stays free
+        self.has_others = False  # several tenants are about: what is given to a worker early stands before theirs
         self.view: View | None = None
         self._seen: tuple[Prefills | None, Decodes | None] = (None, None)
 
@@ -227,6 +235,7 @@ class Joint:
     ) -> Placement | Blocked | Refused:
         pool = workers if isinstance(workers, Pool) else Pool(workers)
         view = self.view = View(admit, pool, output, matches, self._rules, now)
+        view.leaves_room = self.leaves_room
         self._seen = (None, None)
         self.waits_for_decode = True
         rows = pool.decode
@@ -316,7 +325,7 @@ class Joint:
 
     def _among_equals(self, rows: Rows, score: Floats, least: float, load: Floats) -> int:
         """Of those that are as good as the best: by price and kind, then the least loaded, then who came first."""
-        equal = np.flatnonzero(score <= least * (1 + EQUAL) + 1e-4)
+        equal = np.flatnonzero(score <= least + EQUAL * abs(least) + 1e-4)  # loads are negative: the fullest is the least
         if len(equal) == 1:
             return int(equal[0])
         if rows.differ:
@@ -333,11 +342,17 @@ class Joint:
         if any(cost.prefill.num_observations < TRUSTED_AFTER for cost in rows.costs):  # no order of magnitude is known yet
             deep = (prefills.queue_s > self._rules.max_prefill_queue_s) & (waiting >= 2)
             return bool(deep[best])
-        short = prefills.queue_s <= self.lookahead_s(view.admit)
-        free = (short | (waiting < 1)) & np.isfinite(prefills.ttft_s)
-        return not free.any()
+        lookahead_s = self.lookahead_s(view.admit)
+        can = np.isfinite(prefills.ttft_s)
+        free = ((prefills.queue_s <= lookahead_s) | (waiting < 1)) & can
+        if free.any():
+            return False
+        self.free_in_s = float(prefills.queue_s[can].min()) - lookahead_s
+        return True
 
     def lookahead_s(self, admit: Admit) -> float:
+        if self.has_others:
+            return MIN_LOOKAHEAD_S
         promise = admit.ttft_slo_s or self._rules.max_prefill_queue_s
         return max(MIN_LOOKAHEAD_S, min(MAX_LOOKAHEAD_S, LOOKAHEAD_SHARE * promise))
 

@@ -73,6 +73,7 @@ class PrefixIndex:
         self._bit_of: dict[str, int] = {}
         self._free_bits: list[int] = []
         self._num_bits = 0
+        self.generation = 0  # how often workers came or went
         self._forgotten = 0  # bits whose workers are gone, still in the map
 
     def __len__(self) -> int:
@@ -116,6 +117,7 @@ class PrefixIndex:
         if bit is None:
             return
         self._forgotten |= 1 << bit
+        self.generation += 1
         if self._forgotten.bit_count() >= SWEEP_AFTER:
             self._sweep()
 
@@ -128,6 +130,7 @@ class PrefixIndex:
             else:
                 bit, self._num_bits = self._num_bits, self._num_bits + 1
             self._bit_of[worker] = bit
+            self.generation += 1
         return bit
 
     def _sweep(self) -> None:

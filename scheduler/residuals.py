@@ -51,10 +51,10 @@ class Margin:
     """By how much a prediction is to be overestimated so that no more than a share of promises is broken: raised a little by each that
     was broken, lowered by each that was kept, in equilibrium where the shares balance (stochastic approximation of a quantile)."""
 
-    STEP = 0.02
-    LEAST, MOST = 1.0, 1.3
+    STEP = 0.004
+    LEAST, MOST = 0.95, 1.3
 
-    def __init__(self, allowed: float = 0.02) -> None:
+    def __init__(self, allowed: float = 0.015) -> None:
         self._allowed = allowed
         self.factor = 1.03
 

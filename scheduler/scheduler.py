@@ -25,6 +25,7 @@ from protocol.errors import DeadlineExceeded, Failure, InternalError, InvalidReq
 from protocol.messages import Admit, GatewayBeat, Outcome, Progress, WorkerBeat, WorkerInfo, WorkerPhase
 from protocol.ticket import Ticket
 from scheduler import admission
+from scheduler.activity import Activity
 from scheduler.admission import DrainRate, Refusal
 from scheduler.cost import CostBook
 from scheduler.explain import Decisions
@@ -37,7 +38,7 @@ from scheduler.ledger import Entry, Ledger, WorkerState
 from scheduler.order import make_order
 from scheduler.papers import again, item_of, ticket_of
 from scheduler.placement import Blocked, Placement, Placer, Refused, Rules
-from scheduler.prefix_index import PrefixIndex
+from scheduler.prefix_index import Matches, PrefixIndex
 from scheduler.queue import Item, Order, Queue
 from scheduler.records import Gateway, Records
 from scheduler.status import status_of
@@ -50,6 +51,9 @@ HASH_BLOCK_LEN = 64  # tokens behind one of Admit.prefix_hashes; the gateways ha
 MAX_REMEMBERED = 65_536  # requests whose last epoch, or whose end, is remembered, so that a late message changes nothing
 MAX_PUSHED_OUT = 8  # waiting requests that one newcomer may push out of a full queue
 MAX_OVERTAKERS = 3  # smaller requests that are tried when the first of its tenant finds no decode room
+MAX_FOUND = 4096  # waiting requests for which is remembered what the prefix index holds
+FORGET_FOUND_S = 0.5
+MIN_RETRY_S = 0.002
 MAX_DEAD = 64  # dead workers kept for the status
 RETRY_S = 0.25  # how soon time alone may make room (predicted ends)
 
@@ -110,8 +114,16 @@ class Scheduler:
         self.admission = admission
         shares = self.fairness if order is None and config.policy in ("fair", "slo") else None
         self.gate = Gate(
-            self.queue, self.pools, self.costs, shares, self.rules, self.find, config.retry_budget, draw,
-        )  # fmt: skip
+            self.queue,
+            self.pools,
+            self.costs,
+            shares,
+            self.rules,
+            self.find,
+            config.retry_budget,
+            draw,
+            lambda admit, now: self._shares_with_nobody(admit, now) or self._has_more(admit, now),
+        )
         self._read_classes()
         self.drain_rate = DrainRate()
         self.workers: dict[str, WorkerState] = {}  # alive, by incarnation
@@ -126,8 +138,14 @@ class Scheduler:
         self._ended: OrderedDict[str, bool] = OrderedDict()
         self._last_alive_at: dict[str, float] = {}  # model -> when a decode worker of it was last alive
         self._started_at: float | None = None
-        self._has_news = False
-        self._retry_at = float("inf")
+        self._retry_at: dict[str, float] = {}  # by model: when time alone may make room
+        self._blocked: dict[str, tuple[str, bool]] = {}  # by model: the first in line, whether it waits for decode room
+        self._room: set[str] = set()  # models whose decode workers, or anything else but prefill queues, have news
+        self._prefilled: set[str] = set()  # models whose prefill queues have become shorter
+        self._joined: set[str] = set()  # models that something new waits for
+        self._found: OrderedDict[str, tuple[int, Matches]] = OrderedDict()  # request_id -> index's generation, what was found
+        self._forget_found_at = 0.0
+        self._active: dict[str, Activity] = {}  # by model
         self._pending: dict[str, Decision] = {}  # decided outside of `decisions`: those that had to make room
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -160,6 +178,7 @@ class Scheduler:
         if waiting is not None and waiting.degraded:
             admit = again(admit, waiting)
         self.explained.asked(admit, now)
+        self._active.setdefault(admit.model, Activity()).came(admit.tenant, now)
         deadline = now + min(admit.deadline_s, self.config.queue_timeout_s)
         if waiting is not None:
             deadline = min(waiting.deadline, deadline)
@@ -173,14 +192,14 @@ class Scheduler:
             entered = self._enter(admit, now, judges=self.admission and not (admit.resumption or is_repeat))
             item = item_of(entered, position, last_epoch + 1, now, deadline)
         self.queue.add(item)
-        self._has_news = True
+        self._joined.add(item.admit.model)
         return last_epoch + 1
 
     def set_tenants(self, tenants: Tenants, now: float) -> None:
         """From now on these hold. What waits keeps the promise it was given."""
         self.tenants = tenants
         self._read_classes()
-        self._has_news = True
+        self._room.update(self.pools)
 
     def _read_classes(self) -> None:
         self.joint.tightest_tpot_s = min(one.tpot_s for one in self.tenants.classes.values())
@@ -218,11 +237,14 @@ class Scheduler:
                 retry_after=admission.retry_after(self.predicted_drain_s(item.admit.model, now), self._draw),
             )
             out.append(self._fail(item, error, "queue_timeout", now))
-        if not self._has_news and now < self._retry_at:
-            return out
-        self._has_news, self._retry_at = False, float("inf")
+        if now >= self._forget_found_at:
+            self._found.clear()
+            self._forget_found_at = now + FORGET_FOUND_S
         for model in list(self.queue.orders):
-            self._decide_model(model, now, out)
+            if self._may_place(model, now):
+                self._decide_model(model, now, out)
+        for news in (self._room, self._prefilled, self._joined):
+            news.clear()
         return out
 
     def progress(self, message: Progress, now: float) -> None:
@@ -233,7 +255,7 @@ class Scheduler:
         learn_from_first_token(entry, message.prefill_s, now)
         self.explained.first_token(entry.request_id, now - entry.placed_at)
         self.ledger.first_token(entry, now)
-        self._has_news = True
+        self._prefilled.add(entry.model)
 
     def outcome(self, message: Outcome, now: float) -> None:
         """The request is over, whichever attempt of it the ledger has. Told once, by the gateway alone."""
@@ -274,7 +296,7 @@ class Scheduler:
         self.workers[info.incarnation] = worker
         self.pools.setdefault(info.model, Pool()).join(worker)
         self.records.registered(info)
-        self._has_news = True
+        self._room.add(info.model)
 
     def phase(self, message: WorkerPhase, now: float) -> None:
         """How far a worker's start-up is; kept for whoever prints it."""
@@ -290,7 +312,7 @@ class Scheduler:
         adopted = self.ledger.beat(worker, beat, now, self._is_over)
         self.records.count("adopted", len(adopted))
         learn_from_beat(worker, before, beat.stats, now)
-        self._has_news = True
+        self._room.add(worker.info.model)
         return True
 
     def worker_lost(self, incarnation: str, now: float) -> list[tuple[str, int]]:
@@ -308,7 +330,7 @@ class Scheduler:
         while len(self.dead) > MAX_DEAD:
             self.dead.popitem(last=False)
         self.records.count("workers_lost")
-        self._has_news = True
+        self._room.add(worker.info.model)
         return [(entry.request_id, entry.epoch) for entry in lost]
 
     # ---- gateways --------------------------------------------------------------------------------------------------
@@ -351,7 +373,8 @@ class Scheduler:
         times += [g.last_beat_at + self._gateway_lease_s for g in self.gateways.values()]
         deadline = self.queue.next_deadline()
         if deadline is not None:
-            times += [deadline, now if self._has_news else min(self._retry_at, deadline)]
+            has_news = self._room or self._prefilled or self._joined
+            times += [deadline, now if has_news else min(self._retry_at.values(), default=deadline)]
         late_at = self.queue.next_late()
         if late_at is not None:
             times.append(late_at)
@@ -371,10 +394,23 @@ class Scheduler:
 
     # ---- placing ---------------------------------------------------------------------------------------------------
 
+    def _may_place(self, model: str, now: float) -> bool:
+        """Whether anything has happened since the first in line found no room that may have made some."""
+        blocked = self._blocked.get(model)
+        if blocked is None:
+            return model in self._room or model in self._prefilled or model in self._joined or now >= self._retry_at.get(model, now)
+        request_id, waits_for_decode = blocked
+        if model in self._room or now >= self._retry_at.get(model, now) or (not waits_for_decode and model in self._prefilled):
+            return True
+        first = next(iter(self.queue.orders[model]), None)
+        return first is not None and first.admit.request_id != request_id
+
     def _decide_model(self, model: str, now: float, out: list[Decision]) -> None:
         """Place what can be placed of one model, in its order."""
         pool = self.pools.get(model)
         self._tell_pressure(model, pool)
+        self._blocked.pop(model, None)
+        self._retry_at.pop(model, None)
         walk = iter(self.queue.orders[model])
         blocked: Item | None = None  # who waits for decode room; smaller ones of its own tenant may go before it
         num_overtakers = 0
@@ -391,15 +427,20 @@ class Scheduler:
                 if skip_tenant is not None:
                     skip_tenant()
                 self.fairness.lift(item.band, item.admit.tenant)
-                self._retry_at = now + RETRY_S
+                self._retry_at[model] = now + RETRY_S
                 continue
+            self._tell_tenant(item, now)
             decision = self._try(item, now, was_backlog)
             if isinstance(decision, Blocked):
-                self._retry_at = now + RETRY_S
+                self._retry_at[model] = now + RETRY_S
                 if decision is Blocked.NO_ROOM:  # none of another tenant overtakes
+                    waits_for_decode = self.placer is not self.joint or self.joint.waits_for_decode
                     if blocked is None:
-                        self.gate.decode_is_short[model] = self.joint.waits_for_decode
-                    if not self.joint.waits_for_decode or not item.refuses_late or item.is_appointed or item.admit.resumption:
+                        self.gate.decode_is_short[model] = waits_for_decode
+                        self._blocked[model] = item.admit.request_id, waits_for_decode and self.placer is self.joint
+                    if not waits_for_decode:
+                        self._retry_at[model] = now + min(RETRY_S, max(MIN_RETRY_S, self.joint.free_in_s))
+                    if not waits_for_decode or not item.refuses_late or item.is_appointed or item.admit.resumption:
                         break
                     blocked = item
             else:
@@ -414,6 +455,24 @@ class Scheduler:
         held = self.ledger.held.get((item.admit.model, item.admit.tenant), 0)
         return held > 0 and held >= share * pool.decode.num_blocks.sum()
 
+    def _tell_tenant(self, item: Item, now: float) -> None:
+        """What the default placer has to know of its tenant: whether it has more than its share while others are about."""
+        self.joint.has_others = not self._shares_with_nobody(item.admit, now)
+        self.joint.leaves_room = self.joint.has_others and not item.admit.resumption and self._has_more(item.admit, now)
+
+    def _shares_with_nobody(self, admit: Admit, now: float) -> bool:
+        activity = self._active.get(admit.model)
+        return activity is None or not activity.others(now)
+
+    def _has_more(self, admit: Admit, now: float) -> bool:
+        """Whether its tenant holds more of the model's KV blocks than its share among those who are about."""
+        activity, held = self._active.get(admit.model), self.ledger.held
+        if activity is None:
+            return False
+        return activity.has_more(
+            admit.tenant, lambda name: held.get((admit.model, name), 0), lambda name: self.tenants.tenant(name).weight, now
+        )
+
     def _tell_pressure(self, model: str, pool: Pool | None) -> None:
         """What the default placer has to know of the queue."""
         num_prefills = max(1, len(pool.prefill) if pool else 0)
@@ -422,8 +481,16 @@ class Scheduler:
         self.joint.backlog_s = service_s / num_prefills
 
     def find(self, admit: Admit) -> Mapping[str, int]:
-        """What workers are believed to hold of its prompt."""
-        return self.index.match(admit.prefix_hashes) if self._use_index and admit.prefix_hashes else {}
+        """What workers are believed to hold of its prompt. Of one that waits this is looked up again only now and then."""
+        if not self._use_index or not admit.prefix_hashes:
+            return {}
+        generation, known = self._found.get(admit.request_id, (-1, None))
+        if known is None or generation != self.index.generation:
+            known = self.index.match(admit.prefix_hashes)
+            self._found[admit.request_id] = self.index.generation, known
+            if len(self._found) > MAX_FOUND:
+                self._found.popitem(last=False)
+        return known
 
     def _try(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         """One item's decision. A bug of ours fails this item alone: the others' turn comes all the same."""
@@ -475,7 +542,7 @@ class Scheduler:
             other = item_of(helped, item.position, item.epoch, item.queued_at, item.deadline)
             self.queue.add(other)
             self.explained.note(item.admit.request_id, now, "degraded", degraded=helped.degraded)
-            self._has_news = True
+            self._joined.add(other.admit.model)
             return
         terms = terms_of(self.tenants, item.admit.slo_class, item.admit)
         out.append(self._fail(item, self.gate.late(item.admit, terms, None, "slo_ttft", now).error, "slo_ttft", now))
@@ -651,7 +718,7 @@ class Scheduler:
         self.ledger.free(entry, now)
         # Taking back a refused placement is no news of room.
         entry.decode.is_full = was_full and not entry.is_seen
-        self._has_news = True
+        self._room.add(entry.model)
 
     def _drop_unheld(self, request_id: str, now: float) -> None:
         """No gateway holds it any more."""
