@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import fairness, http, kv, observing, serve, startup
+from bench import capacity, fairness, fidelity, http, kv, observing, promises, serve, simulator, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -21,6 +21,10 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("serve", serve),
         ("observing", observing),
         ("fairness", fairness),
+        ("capacity", capacity),
+        ("fidelity", fidelity),
+        ("simulator", simulator),
+        ("promises", promises),
     ):
         assert module.__doc__ is not None
         command = commands.add_parser(

@@ -41,6 +41,11 @@ PACKAGES = (
 )
 ROOT = Path(__file__).resolve().parents[1]
 MIN_KEY_LEN = 16
+SIMULATED = {
+    "simulate": "One trace, two pools, one policy, in virtual time.",
+    "calibrate": "A cost file for simulate and plan, fitted to a running cluster.",
+    "plan": "Pool sizes, parallel sizes and threshold for a trace and a promise, by simulation.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else list(argv)
         if words[:1] == ["bench"]:
             return run_bench(words[1:])
+        if words and words[0] in SIMULATED:
+            return run_simulation(words)
         parser = build_parser()
         args, unknown = parser.parse_known_args(words)
         if unknown:
@@ -151,6 +158,8 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = command("doctor", run_doctor, "What this machine has, lacks, and what to do about it.")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     _add_options(doctor)
+    for name, text in SIMULATED.items():
+        command(name, None, text)  # parsed where it is run, see main
     command("bench", None, "Measure a server: `tandem bench serve --help`.")  # parsed where it is run, see main
     command("version", run_version, "Versions of this and of what it stands on.")
     return parser
@@ -386,6 +395,12 @@ def run_bench(words: list[str]) -> int:
     """`python -m bench`, under another name. bench/ stands beside the product, which must not import it: it is run."""
     found = runpy.run_module("bench.__main__", run_name="bench.__main__")
     return int(found["main"](words, "tandem bench"))
+
+
+def run_simulation(words: list[str]) -> int:
+    """`python -m simulation`, under another name; beside the product as bench/ is."""
+    found = runpy.run_module("simulation.__main__", run_name="simulation.__main__")
+    return int(found["main"](words, "tandem"))
 
 
 def run_version(args: argparse.Namespace) -> int:

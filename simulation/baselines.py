@@ -3,8 +3,9 @@
 Formulas and parameters are those of the papers and code (../../shared/research/scheduling.md, section A, says which). What all
 of them share here, because the data plane is ours for everybody: a decode worker sets blocks aside before the prefill, so a
 placement needs one with room now; every prompt goes to a prefill worker while one is alive; prefixes are not moved between prefill
-workers (so Mooncake's hot-prefix replication never applies). With FCFS a request is dispatched as soon as a decode worker has room, as
-published. With EDF it is held back while the chosen prefill worker has one waiting, or no order but that of arrival could ever show.
+workers (so Mooncake's hot-prefix replication never applies). With FCFS a request is dispatched as soon as a decode worker has room,
+as published. With EDF it is held back while the chosen prefill worker has one waiting, or no order but that of arrival could ever
+show.
 """
 
 from __future__ import annotations
@@ -171,7 +172,8 @@ class JoinShortestQueue(Baseline):
 
 
 class TokenJsq(Baseline):
-    """Fewest tokens: prompt tokens that wait at a prefill worker, tokens of context at a decode worker (splitwise-sim: `token_jsq`)."""
+    """Fewest tokens: prompt tokens that wait at a prefill worker, tokens of context at a decode worker (splitwise-sim:
+    `token_jsq`)."""
 
     def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
         return min(workers, key=lambda w: (uncached_tokens(w), w.incarnation))
@@ -181,7 +183,8 @@ class TokenJsq(Baseline):
 
 
 class CacheAware(Baseline):
-    """SGLang's router: the shortest queue when loads are far apart; else the best match above a threshold; else the smallest tree."""
+    """SGLang's router: the shortest queue when loads are far apart; else the best match above a threshold; else the smallest
+    tree."""
 
     def __init__(self, hash_len: int, holds_back: bool = False) -> None:
         super().__init__(hash_len, holds_back)
@@ -231,7 +234,8 @@ class LMetric(Baseline):
 
 class Mooncake(Baseline):
     """Algorithm 1 of Mooncake (FAST'25): least predicted TTFT = queue + prefill(length, prefix); a decode worker by least predicted
-    time between tokens; 429 when either is above its promise. The best prefix is never fetched from another worker (see the module)."""
+    time between tokens; 429 when either is above its promise. The best prefix is never fetched from another worker (see the
+    module)."""
 
     def __init__(
         self, hash_len: int, holds_back: bool = False, promise: Callable[[Admit], tuple[float, float]] | None = None

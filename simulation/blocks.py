@@ -1,7 +1,7 @@
 """A worker's KV pool as counts: blocks in use, and an LRU of prefixes that nobody uses any more but that may be met again.
 
-What engine/blocks.py does with block ids, without the ids. The unit of sharing is the trace's hash block (512 tokens in Mooncake's),
-which weighs several blocks of the pool. Called by `workers.py`.
+What engine/blocks.py does with block ids, without the ids. The unit of sharing is the trace's hash block (512 tokens in
+Mooncake's), which weighs several blocks of the pool. Called by `workers.py`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Pool:
             lru.popitem(last=False)
 
     def seal(self, block_hash: int, holding: Holding) -> None:
-        """One whole hash block of its own is computed: others may share it. Its twin, computed elsewhere meanwhile, stays its own."""
+        """One whole hash block of its own is computed: others may share it. Its twin, computed elsewhere meanwhile, stays its
+        own."""
         if not self.caching or block_hash in self._refs or block_hash in self._lru or holding.own < self.weight:
             return
         holding.own -= self.weight

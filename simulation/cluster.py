@@ -13,6 +13,7 @@ from __future__ import annotations
 import heapq
 import random
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -28,10 +29,12 @@ from protocol.ticket import Ticket
 from scheduler.scheduler import Scheduler
 from simulation.blocks import Pool
 from simulation.costs import Cost
+from simulation.decode import DecodeWorker
 from simulation.links import Link, send
+from simulation.prefill import PrefillWorker
 from simulation.requests import Req
 from simulation.results import End, Results
-from simulation.workers import DecodeWorker, PrefillWorker, Worker
+from simulation.workers import Worker
 
 MODEL = "simulated"
 TICK_S = 0.25  # as cluster/scheduler_service.py
@@ -42,8 +45,8 @@ STUCK_S = 7200.0  # without any end: a bug, not patience
 
 
 class Setup(NamedTuple):
-    """Everything about a run but trace and policy. prefill, decode: a cost per worker. max_tokens: what clients allow themselves; the
-    scheduler never sees the real output length unless oracle_lengths. stale_s: how old a heartbeat is when it arrives.
+    """Everything about a run but trace and policy. prefill, decode: a cost per worker. max_tokens: what clients allow themselves;
+    the scheduler never sees the real output length unless oracle_lengths. stale_s: how old a heartbeat is when it arrives.
     shared_gbps: of a link that all transfers cross. cores: groups of workers by number, prefill first, that share cores.
     """
 
@@ -94,6 +97,7 @@ class Simulation:
         # Give up early: so many misses that the share of good ones can no longer reach stop_below.
         self._max_missed = None if stop_below is None or num_expected is None else int((1 - stop_below) * num_expected)
         self._shared = (Link(setup.shared_gbps),) if setup.shared_gbps else ()
+        self.newly_refused: deque[Req] = deque(maxlen=1000)  # that will come back; whoever watches takes them out
         self._last_end_at = 0.0
         self.last_arrival_at = 0.0
         self.prefills: dict[str, PrefillWorker] = {}
@@ -224,13 +228,15 @@ class Simulation:
         self._decide()
 
     def _refused(self, req: Req, error: TandemError) -> None:
-        self.results.rejections[self.scheduler.records.last_rejection or error.kind] += 1
+        self.results.rejections[self.scheduler.records.last_rejection or type(error).__name__] += 1
         wait = error.retry_after
         if req.was_refused_at >= 0:
             self.results.retries.append((req.was_refused_at, req.waited, False))
         if self.setup.retries and wait is not None and req.num_retries < MAX_RETRIES:
             req.num_retries += 1
             req.was_refused_at, req.waited = self.now, wait
+            if self._watch is not None:
+                self.newly_refused.append(req)
             self.at(self.now + wait, self._come_back, req)
             return
         self._end(req, End.TIMED_OUT if isinstance(error, DeadlineExceeded) else End.REFUSED)
@@ -359,7 +365,7 @@ class Simulation:
     def _end(self, req: Req, end: End) -> None:
         del self.open[req.admit.request_id]
         self._last_end_at = self.now
-        after = req.decode.cost.overhead_s if req.decode is not None else 0.0  # back through the gateway
+        after = req.decode.cost.return_s if req.decode is not None else 0.0
         has_first = req.first_at >= 0
         ttft_s = req.first_at + after - req.arrived_at if has_first else -1.0
         is_finished = end is End.FINISHED

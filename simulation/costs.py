@@ -5,7 +5,8 @@
     mixed step     a decode step, plus the chunks' b and c terms: the weights are read once
     transfer       a + bytes / rate, over links (`links.py`)
 
-A file describes one kind of worker (model, device, tensor ranks), so that a pool of each role may be of another kind. Seconds, tokens, bytes.
+A file describes one kind of worker (model, device, tensor ranks), so that a pool of each role may be of another kind. Seconds,
+tokens, bytes.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Contention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One kind of worker. overhead_s: door to worker, and a token back to the client, of each request. transfer_s: of each
+    """One kind of worker. overhead_s: door to worker; return_s: a token back to the
+    client. transfer_s: of each
     hand-over, whatever its size. price_per_hour: of one worker."""
 
     name: str
@@ -95,6 +97,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     prefill_limits: RoleLimits = RoleLimits(max_num_batched_tokens=2048, max_num_seqs=16)
     decode_limits: RoleLimits = RoleLimits(max_num_batched_tokens=512, max_num_seqs=256)
     overhead_s: NotNegative = 0.0
+    return_s: NotNegative = 0.0
     transfer_s: NotNegative = 0.002
     link_gbps: Positive = 200.0
     contention: Contention = Contention()

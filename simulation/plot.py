@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 STYLE = (
     "text{font:11px system-ui,sans-serif;fill:#444}.mid{text-anchor:middle}.end{text-anchor:end}.name{fill:#111}"
-    ".grid{stroke:#e4e4e4;fill:none}.line{fill:none;stroke-width:1.8}.promise{stroke:#c33;fill:none;stroke-dasharray:3 3}.promised{fill:#c33}"
+    ".grid{stroke:#e4e4e4;fill:none}.line{fill:none;stroke-width:1.8}"
+    ".promise{stroke:#c33;fill:none;stroke-dasharray:3 3}.promised{fill:#c33}"
     ".c0{stroke:#1f6feb}.c1{stroke:#e36209}.c2{stroke:#2da44e}.c3{stroke:#8250df}.c4{stroke:#57606a}.c5{stroke:#bf3989}"
     "circle{fill:#fff;stroke-width:1.5}"
 )

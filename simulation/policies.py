@@ -14,7 +14,8 @@ import msgspec
 
 from protocol.errors import ConfigError
 from scheduler.cost import OutputLength
-from scheduler.queue import Fcfs, Order
+from scheduler.order import Fcfs
+from scheduler.queue import Order
 from scheduler.scheduler import Scheduler
 from simulation.baselines import (
     Baseline,

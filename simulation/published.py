@@ -88,8 +88,8 @@ def distserve(path: Path) -> list[dict[str, Any]]:
 
 
 def splitwise(path: Path) -> list[dict[str, Any]]:
-    """Rows of llama2-70b -> cost files. Prefill: least squares of relative residuals over prompts of one step alone in a batch; what
-    attention adds over longer contexts follows from the model's shape (2 L d n^2 of 2 P n + 2 L d n^2 operations). Decode: the
+    """Rows of llama2-70b -> cost files. Prefill: least squares of relative residuals over prompts of one step alone in a batch;
+    what attention adds over longer contexts follows from the model's shape (2 L d n^2 of 2 P n + 2 L d n^2 operations). Decode: the
     context's share from batches of one, the batch's share from larger ones."""
     found = []
     rows = [row for row in csv.DictReader(path.open()) if row["model"] == "llama2-70b"]

@@ -8,7 +8,8 @@ from simulation.blocks import Holding
 
 if TYPE_CHECKING:
     from protocol.messages import Admit
-    from simulation.workers import DecodeWorker, PrefillWorker
+    from simulation.decode import DecodeWorker
+    from simulation.prefill import PrefillWorker
 
 
 class Req:
@@ -20,9 +21,9 @@ class Req:
 
     __slots__ = (
         "admit", "arrived_at", "at_decode", "at_prefill", "begun_at", "band", "cached", "cls", "computed", "context", "decode",
-        "epoch", "finish_step", "first_at", "generated", "index", "num_attempts", "num_retries", "offered_at", "output", "placed_at",
-        "prefill", "prefill_tokens", "prefix", "prompt", "recomputed", "sealed", "spare", "tenant", "todo", "waited", "was_refused_at",
-        "joined_step", "tpot_slo_s", "ttft_slo_s", "predicted_s", "is_here",
+        "epoch", "finish_step", "first_at", "generated", "index", "num_attempts", "num_retries", "offered_at", "output",
+        "placed_at", "prefill", "prefill_tokens", "prefix", "prompt", "recomputed", "sealed", "spare", "tenant", "todo", "waited",
+        "was_refused_at", "joined_step", "tpot_slo_s", "ttft_slo_s", "predicted_s", "is_here",
     )  # fmt: skip
 
     def __init__(

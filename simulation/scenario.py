@@ -39,8 +39,8 @@ class Links(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """trace: a file's name in the folder of traces. slo: of every request. max_tokens: what clients allow themselves; the only thing
-    about the output's length that the scheduler is told. repeat: the half so many times in a row, where it is short."""
+    """trace: a file's name in the folder of traces. slo: of every request. max_tokens: what clients allow themselves; the only
+    thing about the output's length that the scheduler is told. repeat: the half so many times in a row, where it is short."""
 
     name: str
     trace: str
