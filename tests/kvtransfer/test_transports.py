@@ -225,6 +225,9 @@ class StuckLane:
     def reset(self):
         pass
 
+    def interrupt(self):
+        pass
+
     def close(self):
         pass
 
