@@ -336,5 +336,10 @@ class Outbox:
                 self._store(transfer, layer, pairs)
             if transfer.is_fenced:
                 self._lane.fence(transfer)
+        except LinkBroken:
+            raise
         except TandemError as error:
             transfer.fail(error)
+        except Exception:  # as in `_run`, for whoever broke it is not the only one that is served here
+            log.exception("KV sender: sending again failed")
+            transfer.fail(InternalError("the KV sender failed; the worker's log has the details"))
