@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -165,6 +166,25 @@ def test_silent_strangers_are_bounded_and_dropped(pair):
             sock.close()
         receiver.close()
     assert MAX_PENDING >= 8
+
+
+def test_a_connection_that_cannot_have_a_thread_ends_alone(pair, monkeypatch):
+    receiver, start = pair.receiver("tcp"), threading.Thread.start
+
+    def no_thread(thread):
+        if thread.name == "kv-receive":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        for _ in range(2):
+            with socket.create_connection((receiver.endpoint().host, receiver.endpoint().port)) as sock:
+                sock.settimeout(2.0)
+                assert sock.recv(1) == b"", "closed at once"
+    assert not receiver._connections
+    with contextlib.closing(Writer(pair).sock):
+        assert len(receiver._connections) == 1
 
 
 def test_forget_in_the_middle_of_a_run_is_immediate_and_absolute(pair):
