@@ -159,7 +159,10 @@ class Connector:
         this transport does not work between these two; then nothing is left open."""
         if len(endpoints) != target.num_ranks:
             raise HandshakeRefused(f"{len(endpoints)} endpoints for the {target.num_ranks} ranks of {peer_incarnation}")
-        own = self.rank_sender(peer_incarnation, target, endpoints, on_landed)
+        try:
+            own = self.rank_sender(peer_incarnation, target, endpoints, on_landed)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread: another transport, or another time, may do
+            raise HandshakeRefused(f"{name_of(endpoints[0])}: {error}") from error
         self._num_links = link = self._num_links + 1
         message = RankConnect(link, peer_incarnation, target, endpoints)
         calls = [caller.call(message, CALL_TIMEOUT_S + READY_TIMEOUT_S) for caller in self._others.values()]
