@@ -152,13 +152,19 @@ class Connection:
                     break
                 body = await self._reader.readexactly(length)
                 self._last_heard = loop.time()
-                if kind == _SEND:
-                    await self._serve_send(self._codec.decode(body))
-                elif kind == _CALL:
+                if kind in (_SEND, _CALL):
+                    try:
+                        message = self._codec.decode(body)
+                    except TandemError as error:  # a field of one request is outside of our bounds; the others have no part in it
+                        self._refuse(kind, call_id, error)
+                        continue
+                    if kind == _SEND:
+                        await self._serve_send(message)
+                        continue
                     if len(self._serving) >= MAX_CALLS:
                         reason = "too many calls at once"
                         break
-                    task = asyncio.create_task(self._serve_call(call_id, self._codec.decode(body)))
+                    task = asyncio.create_task(self._serve_call(call_id, message))
                     self._serving.add(task)
                     task.add_done_callback(self._serving.discard)
                 elif kind == _ANSWER and (future := self._calls.get(call_id)) and not future.done():
@@ -171,6 +177,11 @@ class Connection:
             reason = f"not one of our messages: {error}"
             log.warning("%s sent something that is %s", self.name, reason)
         self.close(reason)
+
+    def _refuse(self, kind: int, call_id: int, error: TandemError) -> None:
+        log.warning("%s sent what is not taken here: %s", self.name, error)
+        if kind == _CALL:
+            self._write(_ANSWER, call_id, self._codec.encode(to_failure(error)))
 
     async def _serve_send(self, message: Message) -> None:
         try:

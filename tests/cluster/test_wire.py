@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import struct
 
+import msgspec
 import pytest
 
 from cluster import wire
 from cluster.loopback import Hub
 from cluster.wire import SocketNetwork
-from protocol.errors import DeadlineExceeded, NotFound, TandemError, WorkerLost
-from protocol.messages import AskStatus, Cancel, Ok, Status, Withdraw
+from protocol.errors import DeadlineExceeded, InvalidRequest, NotFound, TandemError, WorkerLost
+from protocol.messages import AskStatus, Cancel, Ok, Reserve, Status, Withdraw, encode
+from protocol.request import Request, SamplingParams
+from protocol.ticket import Ticket, WorkerRef
 
 SECRET = b"s" * 32
 
@@ -163,6 +166,25 @@ async def test_garbage_behind_the_handshake_closes_that_connection_only():
         again = await here.connect(there.address)
         assert await again.call(AskStatus(), 2.0) == Status(b"{}")
         assert client.lost
+
+
+async def test_a_request_outside_of_our_bounds_is_refused_and_the_connection_lives():
+    """Another version's gateway may let more through than we take; the streams beside it have nothing to do with that."""
+    request = Request(request_id="r", model="m", prompt_token_ids=(1,), sampling=SamplingParams())
+    plain = msgspec.msgpack.decode(encode(Reserve(Ticket("r", 1, WorkerRef("i", "decode", "a:1"), None), request)))
+    plain["request"]["sampling"]["temperature"] = -5.0
+    outside = msgspec.msgpack.encode(plain)
+    async with pair() as (server, _, here, there):
+        peer = await here.connect(there.address)
+        theirs = peer._codec
+        peer._codec = theirs._replace(encode=lambda message: outside)
+        with pytest.raises(InvalidRequest, match="temperature must be in"):
+            await peer.call(AskStatus(), 2.0)
+        peer.send(AskStatus())
+        peer._codec = theirs
+        peer.send(Cancel("next"))
+        assert await peer.call(AskStatus(), 2.0) == Status(b"{}")
+        assert server.seen == ["next"]
 
 
 async def test_a_frame_above_the_cap_is_not_read():
