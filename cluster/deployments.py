@@ -19,7 +19,7 @@ from cluster.group import config_here
 from cluster.life import WorkerLife, tell_failure
 from cluster.ray_process import go_with_raylet, keep_serve_inside, on_sigterm, set_title
 from cluster.ray_ranks import RaySpawn
-from cluster.sizes import SCHEDULER, Sizes
+from cluster.sizes import SCHEDULER
 from cluster.wire import SocketNetwork
 from configs.schema import Config
 from protocol.errors import WorkerLost
@@ -44,26 +44,29 @@ class SchedulerActor:
         self._network: SocketNetwork | None = None
         self._lock = asyncio.Lock()
         self._service: Any = None
-        self._sizes = Sizes(self._config)
+        self._sizes: Any = None
 
     async def address(self) -> str:
         from cluster.history import promises_of
         from cluster.metrics import ClusterMetrics
+        from cluster.needs import Sizes
         from cluster.scheduler_service import SchedulerService
         from cluster.tenants_file import TenantsFile, reserved_keys
         from scheduler.scheduler import Scheduler
 
         async with self._lock:
             if self._network is None:
+                self._sizes = Sizes(self._config)
                 network = SocketNetwork("scheduler", self._secret, self._config.transfer.bind_host)
                 clock = time.monotonic  # uvloop rounds its own clock to milliseconds
                 path = self._config.scheduler.tenants_file
+                names = ",".join(one.served_name for one in self._config.each())  # its series are of all models together
                 scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
                 self._service = SchedulerService(
                     scheduler,
                     network,
                     clock,
-                    ClusterMetrics(self._config.served_name, promises_of(self._config.scheduler)),
+                    ClusterMetrics(names, promises_of(self._config.scheduler)),
                     TenantsFile(path, reserved_keys(self._config)) if path is not None else None,
                 )
                 await self._service.start()
@@ -74,10 +77,10 @@ class SchedulerActor:
         await self.address()
         return self._service.status(time.monotonic())
 
-    async def sizes(self) -> dict[str, int]:
-        """How many replicas each pool that follows its load should have, by the name of its deployment."""
+    async def sizes(self, present: dict[str, int]) -> dict[str, int]:
+        """How many replicas each pool that follows its load should have, by deployment. present: how many it has."""
         await self.address()
-        return self._sizes.wanted(self._service.scheduler, time.monotonic())
+        return self._sizes.wanted(self._service.scheduler, time.monotonic(), present)
 
     async def index_for(self, model: str, role: str, proposed: int) -> int:
         """A number for a new worker that no other one bears. Serve gives the ranks of replicas that went away to others."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -24,7 +24,6 @@ from cluster.history import promises_of
 from cluster.local_group import LocalGroup
 from cluster.loopback import Hub
 from cluster.metrics import ClusterMetrics
-from cluster.overflow_life import OverflowLife
 from cluster.preflight import max_model_len
 from cluster.scheduler_service import SchedulerService
 from cluster.tenants_file import TenantsFile, reserved_keys
@@ -35,6 +34,9 @@ from models.locate import locate
 from prefill.worker import PrefillWorker
 from protocol.request import Request
 from scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from cluster.overflow_life import OverflowLife
 
 
 class LocalCluster:
@@ -125,6 +127,8 @@ class LocalCluster:
         self._loops.append(asyncio.create_task(worker.run()))
 
     async def _start_overflow(self, number: int) -> None:
+        from cluster.overflow_life import OverflowLife  # and with it an HTTP client, which hardly anybody needs here
+
         clock = asyncio.get_running_loop().time
         network = self._hub.network(f"overflow-{number}")
         life = OverflowLife(self.config, number, self._secret, network, self._find_scheduler, clock=clock)

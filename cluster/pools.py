@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
-from cluster.sizes import kept_by, waiting_in
+from cluster.needs import kept_by, waiting_in
 from protocol.errors import NotFound, TandemError
 from protocol.messages import Leave, Message, Notice, Noticed, SwitchRole
 from protocol.network import Peer

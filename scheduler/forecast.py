@@ -16,6 +16,7 @@ from scheduler.cost import TRUSTED_AFTER
 from scheduler.fairness import INPUT_PRICE, OUTPUT_PRICE, Fairness
 from scheduler.joint import View
 from scheduler.pace import Pace, predicted
+from scheduler.price import Price
 from scheduler.queue import NOTHING, Queue, Waiting
 from scheduler.residuals import Residuals
 from scheduler.table import Pool
@@ -46,6 +47,7 @@ class Forecast(NamedTuple):
     pace: float  # seconds of work of the resource that is short, a second
     is_trusted: bool
     cost: float  # its share of the pools: its work over what each pool does a second, summed
+    queue_s: float  # the wait of one that nobody's place may be taken by
 
     @property
     def short_s(self) -> float:
@@ -110,7 +112,14 @@ def work_ahead(
 
 
 def forecast(
-    view: View, terms: Terms, ahead: Waiting, appointed_s: float, pace: Pace, wait_error: Residuals, decode_is_short: bool
+    view: View,
+    terms: Terms,
+    ahead: Waiting,
+    appointed_s: float,
+    pace: Pace,
+    wait_error: Residuals,
+    decode_is_short: bool,
+    price: Price,
 ) -> Forecast:
     """appointed_s: seconds of work that others have been promised before it. decode_is_short: who waits now waits for decode room."""
     admit, pool, now = view.admit, view.pool, view.now
@@ -126,22 +135,25 @@ def forecast(
         its = rows
         found = view.local(rows, usable)
     best = int(found.ttft_s.argmin())
-    cost = its.workers[best].cost
+    model = its.workers[best].cost
     service_s = float(found.ttft_s[best])
     decodes = view.decodes(rows, usable, service_s)
     keeps = bool(decodes.keeps.any())
     margin = view.margin(rows)
     alone_tpot = min(c.decode_s(admit.num_choices, admit.num_choices * (admit.prompt_len + 1)) for c in rows.costs) * margin
     can_do = predicted(pool, terms.tpot_s)
+    cost = work.prefill_s / can_do[0] + work.decode_s / can_do[1]
     prefill_pace, decode_pace = pace.measured(now) or can_do
     is_short = not keeps or (decode_is_short and ahead.requests > 0)
     if is_short:
         speed = decode_pace
-        wait_s = (ahead.decode_s + appointed_s + (0.0 if keeps else work.decode_s)) / speed
+        queue_s = (ahead.decode_s + appointed_s) / speed
+        # Those that take less go before those that find no room, so of what waits only so much stands before it.
+        wait_s = queue_s * price.rank(cost) + (0.0 if keeps else work.decode_s / speed)
     else:
         speed = prefill_pace
-        wait_s = (ahead.service_s + appointed_s) / speed
-    ratio = max(0.5, min(4.0, cost.ttft_error.quantile(QUANTILE)))
+        wait_s = queue_s = (ahead.service_s + appointed_s) / speed
+    ratio = max(0.5, min(4.0, model.ttft_error.quantile(QUANTILE)))
     waits = max(0.5, min(4.0, wait_error.quantile(QUANTILE)))
     return Forecast(
         work,
@@ -152,8 +164,9 @@ def forecast(
         alone_tpot <= view.limit(),
         is_short,
         speed,
-        cost.prefill.num_observations >= TRUSTED_AFTER and all(c.decode.num_observations >= TRUSTED_AFTER for c in rows.costs),
-        work.prefill_s / can_do[0] + work.decode_s / can_do[1],
+        model.prefill.num_observations >= TRUSTED_AFTER and all(c.decode.num_observations >= TRUSTED_AFTER for c in rows.costs),
+        cost,
+        queue_s,
     )
 
 

@@ -98,8 +98,10 @@ class Gate:
             raise Refusal(error, "retry_budget")
         tokens = self._bucket_tokens(admit)
         if kept is not None and kept.tokens:
+            # What it needs was set aside; what is set aside for those who come later must not stand in its way.
             self.buckets.take(admit.tenant, tenants.tenant(admit.tenant), -kept.tokens, now, -1.0)
-        self._check_buckets(admit, tenants, terms, tokens, now)
+        else:
+            self._check_buckets(admit, tenants, terms, tokens, now)
         entered = self._keep_promise(admit, tenants, terms, kept is not None, now)
         self.buckets.take(admit.tenant, tenants.tenant(admit.tenant), tokens, now)
         self.buckets.remember(admit.request_id, admit.tenant, tokens)
@@ -140,7 +142,7 @@ class Gate:
             return Entered(mine, terms, None, is_appointed=is_appointed)
         seen = self.forecast(mine, tenants, terms, now)
         reason = self._missed(mine, terms, seen, is_appointed)
-        is_short = seen.wait_s > SHORT * self._left(mine, terms)
+        is_short = seen.queue_s > SHORT * self._left(mine, terms)
         price = self.prices.setdefault(admit.model, Price())
         price.asked(seen.cost, is_short)
         if not reason and is_short and not is_appointed and seen.is_trusted and terms.refuses_late:
@@ -182,7 +184,8 @@ class Gate:
         until = now + terms.ttft_s if before is None else min(before, now + terms.ttft_s)
         appointed = self.appointments.work_s(admit.model, terms.band, admit.tenant, until)
         is_short = self.decode_is_short.get(admit.model, False)
-        return forecast(view, terms, ahead, appointed, self._pace(admit.model), self.wait_error, is_short)
+        price = self.prices.setdefault(admit.model, Price())
+        return forecast(view, terms, ahead, appointed, self._pace(admit.model), self.wait_error, is_short, price)
 
     def _view(self, admit: Admit, now: float) -> View:
         return View(admit, self._pools[admit.model], self._costs.output(admit.model), self._find(admit), self._rules, now)

@@ -37,9 +37,11 @@ from scheduler.table import (
     FREE,
     HEAD_S,
     HEAD_SINCE,
+    HEAD_TOKENS,
     NUM_PREFILLS,
     PREFILL_DRIFT,
     TAKES,
+    TOKENS,
     TPOT_LIMIT,
     Bools,
     Floats,
@@ -118,14 +120,21 @@ class View:
         c = self.cached(rows)
         a, b, square = rows.theta(_prefill_theta)
         done = np.minimum(live[HEAD_S], np.maximum(0.0, self.now - live[HEAD_SINCE]))
-        queue = np.maximum(0.0, live[BACKLOG_S] - done)
+        # Prompts that go into one step together pay its constant once.
+        together = live[NUM_PREFILLS] - np.maximum(1.0, live[TOKENS] / np.maximum(1.0, rows.batch))
+        saved = np.where(rows.batch > 0, np.maximum(0.0, together), 0.0) * a * live[PREFILL_DRIFT]
+        queue = np.maximum(0.0, live[BACKLOG_S] - done - saved)
         work = (a + b * (n - c) / 1e3 + square * (n * n - c * c) / 1e6) * live[PREFILL_DRIFT]
         blocks = rows.num_blocks_for(n)
-        ta, tb = rows.theta(_transfer_theta)
-        # Layers travel while the next ones compute; what is left at the end is about one layer's share of the blocks.
-        ttft = queue + work + ta + tb * blocks * rows.run_nbytes / 1e9
+        ttft = queue + work + self.transfer_s(rows)
         ttft = np.where(usable & (blocks <= rows.num_blocks), ttft, math.inf)
         return Prefills(queue, work, ttft, c if isinstance(c, np.ndarray) else np.zeros(len(rows)))
+
+    def transfer_s(self, rows: Rows) -> Floats:
+        """What of the KV's way is left when the prefill is over; its layers travel while the next ones compute."""
+        a, b = rows.theta(_transfer_theta)
+        left: Floats = a + b * rows.num_blocks_for(float(self.admit.prompt_len)) * rows.block_nbytes / 1e9
+        return left
 
     def local(self, rows: Rows, usable: Bools) -> Prefills:
         """The same for decode workers that prefill by themselves: in chunks between others' tokens."""
@@ -344,7 +353,9 @@ class Joint:
             return bool(deep[best])
         lookahead_s = self.lookahead_s(view.admit)
         can = np.isfinite(prefills.ttft_s)
-        free = ((prefills.queue_s <= lookahead_s) | (waiting < 1)) & can
+        # What goes into its next step with others would only lose by waiting here.
+        fits = rows.live[TOKENS] - rows.live[HEAD_TOKENS] + view.admit.prompt_len - prefills.cached <= rows.batch
+        free = ((prefills.queue_s <= lookahead_s) | (waiting < 1) | fits) & can
         if free.any():
             return False
         self.free_in_s = float(prefills.queue_s[can].min()) - lookahead_s

@@ -13,6 +13,7 @@ from scheduler.cost import TRUSTED_AFTER
 from scheduler.ledger import Entry, WorkerState
 
 MIN_PACE_TOKENS = 8  # below so many the hand-over before the second token decides over the pace
+MIN_MARGIN_TOKENS = 16  # the same for what the margin learns: no load is low enough for them
 CLEAN_S = 10.0  # without a clean decode heartbeat for so long, what requests experienced has to do
 
 
@@ -24,11 +25,25 @@ def learn_from_first_token(entry: Entry, prefill_s: float, now: float) -> None:
         return  # it overtook somebody, so when it began is not known
     service = now - max(entry.placed_at, worker.prefill_head_since)
     service = min(service, prefill_s) if prefill_s > 0 else service
+    if _shared_its_step(entry):
+        return
     predicted = worker.cost.prefill_s(entry.prompt_len, entry.cached)
     worker.cost.prefill_error.observe(service, predicted * worker.prefill_drift.factor)
     worker.cost.observe_prefill(entry.prompt_len, entry.cached, service)
     worker.prefill_drift.observe(service, predicted)
     worker.touch()
+
+
+def _shared_its_step(entry: Entry) -> bool:
+    """Whether the next prompt was computed together with it: then its time is that of both."""
+    worker = entry.prefilling_at
+    order = iter(worker.prefills.values())
+    next(order)
+    after = next(order, None)
+    if after is None or worker.info.max_num_batched_tokens <= 0:
+        return False
+    fits = entry.uncached % worker.info.max_num_batched_tokens + after.uncached <= worker.info.max_num_batched_tokens
+    return fits and after.placed_at <= max(entry.placed_at, worker.prefill_head_since)
 
 
 def learn_from_beat(worker: WorkerState, before: WorkerStats | None, after: WorkerStats, now: float) -> None:
@@ -71,7 +86,7 @@ def learn_from_outcome(entry: Entry, outcome: Outcome, now: float) -> None:
     num_tokens = outcome.output_tokens / entry.num_choices
     if entry.tpot_s > 0 and num_tokens >= MIN_PACE_TOKENS:
         worker.cost.tpot_error.observe(tpot_s, entry.tpot_s)
-    if entry.tpot_limit < math.inf:
+    if entry.tpot_limit < math.inf and num_tokens >= MIN_MARGIN_TOKENS:
         worker.cost.tpot_margin.observe(tpot_s <= entry.tpot_limit)
     if now - worker.clean_decode_at >= CLEAN_S:
         worker.cost.observe_decode(max(1, worker.num_decoding), worker.num_context_tokens, tpot_s)

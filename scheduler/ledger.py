@@ -73,6 +73,11 @@ class Entry:
         return self.prefill or self.decode
 
     @property
+    def uncached(self) -> int:
+        """Prompt tokens to be computed."""
+        return self.prompt_len - self.cached
+
+    @property
     def num_context_tokens(self) -> float:
         """Summed over its choices, half way through their expected output."""
         return self.num_choices * (self.prompt_len + self.expected_output / 2)
@@ -121,6 +126,7 @@ class WorkerState:
         # Prefill queue: everything that will be prefilled here, in order, with its predicted seconds.
         self.prefills: OrderedDict[str, Entry] = OrderedDict()
         self.prefill_backlog_s = 0.0
+        self.prefill_tokens = 0  # of these prompts, what no cache holds
         self.prefill_head_since = now  # when the one at the head began
         # Sums over `entries`.
         self.num_coming = 0  # choices whose prefill is not over
@@ -206,6 +212,7 @@ class Ledger:
         if not prefilling.prefills:
             prefilling.prefill_head_since = now
         prefilling.prefills[entry.request_id] = entry
+        prefilling.prefill_tokens += entry.uncached
         prefilling.prefill_backlog_s += entry.prefill_s
 
     def first_token(self, entry: Entry, now: float) -> None:
@@ -244,6 +251,7 @@ class Ledger:
         was_head = next(iter(worker.prefills), None) == entry.request_id
         if worker.prefills.pop(entry.request_id, None) is None:
             return
+        worker.prefill_tokens -= entry.uncached
         worker.prefill_backlog_s = max(0.0, worker.prefill_backlog_s - entry.prefill_s) if worker.prefills else 0.0
         if was_head:
             worker.prefill_head_since = now
@@ -338,6 +346,7 @@ class Ledger:
             assert worker.blocks_unseen == unseen, f"{name}: {worker.blocks_unseen} unseen, entries say {unseen}"
             assert set(worker.prefills) <= self.entries.keys(), f"{name}: prefills of nobody"
             backlog = sum(e.prefill_s for e in worker.prefills.values())
+            assert worker.prefill_tokens == sum(e.uncached for e in worker.prefills.values()), f"{name}: {worker.prefill_tokens}"
             assert math.isclose(worker.prefill_backlog_s, backlog, abs_tol=1e-6), f"{name}: {worker.prefill_backlog_s}"
         held = sum(e.num_blocks_at_end for e in self.entries.values())
         assert sum(self.held.values()) == held, f"tenants hold {self.held}, entries say {held}"

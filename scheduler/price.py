@@ -2,7 +2,7 @@
 
 As many promises as possible are kept by refusing those that take most (Moore and Hodgson); among the few that wait at one moment that
 is a weak choice, so the choice is made over time: a quantile of what requests cost lately, lowered by each that comes while waits
-are long and raised by each that does not. Nobody is refused by it while waits are short.
+are long and raised by each that does not.
 """
 
 from __future__ import annotations
@@ -31,6 +31,12 @@ class Price:
         bisect.insort(self._ordered, cost)
         if len(self._newest) > WINDOW:
             del self._ordered[bisect.bisect_left(self._ordered, self._newest.popleft())]
+
+    def rank(self, cost: float) -> float:
+        """The share of requests that cost less."""
+        if len(self._ordered) < ENOUGH:
+            return 1.0
+        return bisect.bisect_left(self._ordered, cost) / len(self._ordered)
 
     def is_too_much(self, cost: float) -> bool:
         if self.level >= 1.0 or len(self._ordered) < ENOUGH:

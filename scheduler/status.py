@@ -25,7 +25,7 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
         tp pp          sizes of its group; rank_pids: the processes, in rank order; pid: the first of them
         alive          bool; state "ready" | "loading" | "draining" | "lost"
         beat_age_s     since its last heartbeat; up_s since it registered
-        num_blocks block_size max_num_seqs
+        num_blocks block_size max_num_seqs price_per_hour is_spot is_overflow
         stats          protocol.messages.WorkerStats as a dict; zeros and an empty pool before the first heartbeat
         ledger         what is booked on it: prefilling, decoding (sequences), context_tokens, blocks_at_end,
                        prefill_queue_s (predicted)
@@ -137,6 +137,9 @@ def _worker(worker: WorkerState, now: float) -> dict[str, Any]:
         "num_blocks": info.num_blocks,
         "block_size": info.layout.block_size,
         "max_num_seqs": info.max_num_seqs,
+        "price_per_hour": info.price_per_hour,
+        "is_spot": info.is_spot,
+        "is_overflow": info.is_overflow,
         "stats": msgspec.structs.asdict(worker.stats or WorkerStats(num_free_blocks=info.num_blocks)),
         "ledger": {
             "prefilling": len(worker.prefills),

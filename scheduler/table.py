@@ -22,15 +22,16 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 # Columns.
 TAKES, BACKLOG_S, HEAD_S, HEAD_SINCE, NUM_PREFILLS, PREFILL_DRIFT = range(6)
 DECODING, COMING, CONTEXT, AT_END, FREE, DECODE_DRIFT, TPOT_LIMIT = range(6, 13)
-NUM_COLUMNS = 13
+TOKENS, HEAD_TOKENS = range(13, 15)  # uncached ones of all prompts in the prefill queue, of its first
+NUM_COLUMNS = 15
 
 
 def _row(worker: WorkerState) -> tuple[float, ...]:
-    head = next(iter(worker.prefills.values())).prefill_s if worker.prefills else 0.0
+    first = next(iter(worker.prefills.values())) if worker.prefills else None
     return (
         worker.takes_work and not worker.is_full,
         worker.prefill_backlog_s if worker.prefills else 0.0,
-        head,
+        first.prefill_s if first is not None else 0.0,
         worker.prefill_head_since,
         len(worker.prefills),
         worker.prefill_drift.factor,
@@ -41,6 +42,8 @@ def _row(worker: WorkerState) -> tuple[float, ...]:
         worker.num_free_blocks,
         worker.decode_drift.factor,
         worker.tpot_limit,
+        worker.prefill_tokens,
+        first.uncached if first is not None else 0,
     )
 
 
@@ -81,8 +84,9 @@ class Rows:
         infos = [w.info for w in workers]
         self.num_blocks = _floats(i.num_blocks for i in infos)
         self.block_size = _floats(i.layout.block_size for i in infos)
-        self.run_nbytes = _floats(i.layout.run_nbytes for i in infos)
         self.max_seqs = _floats(i.max_num_seqs for i in infos)
+        self.block_nbytes = _floats(i.layout.block_nbytes for i in infos)
+        self.batch = _floats(i.max_num_batched_tokens for i in infos)  # of one step; 0: not told
         self.chunk = _floats(i.max_num_batched_tokens or 256 for i in infos)
         self.can_prefill: Bools = np.array([i.can_prefill for i in infos], dtype=bool)
         self.is_overflow: Bools = np.array([i.is_overflow for i in infos], dtype=bool)

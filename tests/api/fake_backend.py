@@ -49,6 +49,7 @@ class FakeBackend:
         self.error: Exception | None = None  # raised after the first token
         self.ready = True
         self.asked: list[tuple[str, dict[str, Any]]] = []  # of the history
+        self.notices: list[tuple[str, float]] = []
         self.sla_rows: list[dict[str, Any]] = []
         self.in_force = InForce(without_file(2.0, 0.2, 0.99))
         self.cards = [
@@ -94,6 +95,12 @@ class FakeBackend:
             return {"window_s": query["window_s"], "rows": self.sla_rows}
         series = {"step_s": 5, "point": None, **({"history": {"t": []}} if what == "snapshot" else {})}
         return {"now": 1e9, "status": await self.status(), "series": series, "events": []}
+
+    async def notice(self, worker: str, seconds: float) -> tuple[str, ...]:
+        if worker == "nobody":
+            raise NotFound("no worker or host is called 'nobody'; alive: decode:0")
+        self.notices.append((worker, seconds))
+        return (worker,)
 
     async def metrics(self) -> str:
         return "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0\n"

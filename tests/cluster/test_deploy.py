@@ -77,7 +77,7 @@ def test_the_policy_keeps_pools_as_they_are_until_the_scheduler_says_otherwise(m
 
     asking = sizes.Asking()
     monkeypatch.setattr(sizes, "_asking", asking)
-    monkeypatch.setattr(asking, "look", lambda now: None)
+    monkeypatch.setattr(asking, "look", lambda now, present: None)
     decode, prefill = Which("Decode"), Which("Prefill")
     assert sizes.policy({decode: Context(), prefill: Context()}) == ({decode: 2, prefill: 2}, {})
     monkeypatch.setattr(sizes.time, "monotonic", lambda: 100.0)

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 import yaml
 
+from cluster.deploy import POLICY
 from configs.schema import SECRET_KEYS, SECTIONS, Config
 from protocol.errors import ConfigError
 
@@ -330,6 +331,24 @@ def test_the_ray_service_is_valid(ray_service_schema: Values) -> None:
     assert errors(ray_service_schema, documents()["RayService"]) == []
     gpu = {"resources": {"limits": {"nvidia.com/gpu": 1}}, "tolerations": [{"key": "gpu", "operator": "Exists"}]}
     assert errors(ray_service_schema, documents({"pods": {"decode": gpu}})["RayService"]) == []
+
+
+@needs_helm
+def test_a_pool_that_follows_its_load_has_the_policy_and_pods_that_may_come_and_go() -> None:
+    fixed, sized = (
+        documents()["RayService"],
+        documents({"decode": {"replicas": 2, "min_replicas": 1, "max_replicas": 4}})["RayService"],
+    )
+    groups = {g["groupName"]: g for g in sized["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+    assert [groups["decode"][k] for k in ("replicas", "minReplicas", "maxReplicas")] == [2, 1, 4]
+    assert [groups["prefill"][k] for k in ("replicas", "minReplicas", "maxReplicas")] == [1, 1, 1]
+    assert sized["spec"]["rayClusterConfig"]["enableInTreeAutoscaling"] is True
+    assert "enableInTreeAutoscaling" not in fixed["spec"]["rayClusterConfig"]
+    (application,) = yaml.safe_load(sized["spec"]["serveConfigV2"])["applications"]
+    assert application["autoscaling_policy"] == {"policy_function": POLICY}
+    assert "autoscaling_policy" not in yaml.safe_load(fixed["spec"]["serveConfigV2"])["applications"][0]
+    assert pod_templates(sized)["head"]["spec"]["automountServiceAccountToken"] is True
+    assert pod_templates(fixed)["head"]["spec"]["automountServiceAccountToken"] is False
 
 
 def misspell_a_key(service: Values) -> None:

@@ -28,6 +28,7 @@ from cluster.local import LocalCluster
 from cluster.loopback import Hub
 from configs.flags import FLAGS
 from configs.schema import KEYS, REFUSALS, Config
+from configs.tenants import hash_key
 from kvtransfer.link import usable
 from kvtransfer.pool import KVPool
 from models.load import LoadedModel, load_model
@@ -319,6 +320,57 @@ async def test_api_key(start):
                 codes.append((await client.get("/v1/models")).status_code)
                 assert (await client.get("/health")).status_code != 401  # a probe has no key
     assert codes == [401, 401, 401, 401, 200, 200]
+
+
+async def test_tenants(start, tmp_path):
+    """Keys, classes and promises of the file, from HTTP through the queue into the report."""
+    file = tmp_path / "tenants.yaml"
+    file.write_text(
+        "classes: {fast: {ttft_s: 30, tpot_s: 9, band: 0}, slow: {ttft_s: 60, tpot_s: 9, band: 1, when_late: queue}}\n"
+        f"tenants: {{acme: {{api_keys: [{hash_key('sk-acme')}], class: slow, classes: [fast], price: {{output: 1000000}}}}}}\n"
+    )
+    asked = {"model": "toy", "prompt": [1, 2, 3], "max_tokens": 3, "ignore_eos": True}
+    async with start("--tenants", str(file)) as made, client_of(made, "sk-acme") as client:
+        codes = []
+        for headers in ({}, {"x-slo-class": "fast"}, {"x-slo-class": "gold"}, {"authorization": "Bearer wrong"}):
+            async with asyncio.timeout(20):
+                answer = await client.post("/v1/completions", json=asked, headers=headers)
+                while answer.status_code == 503:  # the file is on its way
+                    await asyncio.sleep(0.05)
+                    answer = await client.post("/v1/completions", json=asked, headers=headers)
+            codes.append(answer.status_code)
+        await asyncio.sleep(0.1)
+        rows = {(row["tenant"], row["class"]): row for row in made.service.history.sla.rows(300, asyncio.get_running_loop().time())}
+        decided = made.service.scheduler.explain(next(iter(made.service.history._rows)))
+    assert codes == [200, 200, 400, 401]
+    assert {key: (row["finished"], row["cost"]) for key, row in rows.items()} == {
+        ("acme", "slow"): (1, pytest.approx(3.0)),
+        ("acme", "fast"): (1, pytest.approx(3.0)),
+    }
+    assert rows["acme", "fast"]["promise"]["ttft_s"] == 30.0
+    assert decided["request"]["class"] == "slow"
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair", "slo"])
+async def test_scheduling_policy(start, policy):
+    """Who is next, of two that wait: by arrival, or by the priority that the later one asked for."""
+    async with start("--scheduling-policy", policy, "--prefill", "0", "--max-num-seqs", "1") as made:
+        slow(made.workers[0])
+        ended: list[str] = []
+
+        async def one(name: str, priority: int) -> None:
+            wanted = msgspec.structs.replace(request(range(20), max_tokens=6), priority=priority)
+            await events_of(made, wanted)
+            ended.append(name)
+
+        tasks = [asyncio.create_task(one("running", 0))]
+        while not made.service.scheduler.ledger.entries:
+            await asyncio.sleep(0.005)
+        for name, priority in (("ordinary", 0), ("urgent", -5)):
+            tasks.append(asyncio.create_task(one(name, priority)))
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*tasks)
+    assert ended[1:] == (["ordinary", "urgent"] if policy == "fcfs" else ["urgent", "ordinary"])
 
 
 async def test_max_body_bytes(start):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
+import os
+import signal
 import threading
 import time
 import urllib.request
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.system.fake_openai import FakeServer
 from tests.system.local import oracle
 from tests.system.served import Served, serve
 
@@ -111,6 +115,37 @@ def test_a_notice_to_the_only_decode_worker_of_a_model_loses_nothing(two: Served
     assert two.status()["counters"].get("resumed", 0) >= 1
 
 
+# ---- overflow --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    """In a thread of its own, because this test's own waits."""
+    loop, server = asyncio.new_event_loop(), FakeServer()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(server.start(), loop).result(10)
+    yield server
+    asyncio.run_coroutine_threadsafe(server.stop(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+
+
+@pytest.mark.more
+def test_a_burst_spills_over_to_another_server(tmp_path: Path, fake: FakeServer) -> None:
+    own = ("--prefill", "0", "--kv-cache-memory-bytes", "64MiB", "--max-num-seqs", "1", "--set", "scheduler.ttft_target_s=0.4")
+    with serve(tmp_path, "toy", *own, "--overflow", f"{fake.url},model=m,max_num_seqs=4", patience_s=180) as running:
+        running.wait(lambda: set(alive(running)) == {"decode:0", "overflow:0"}, 60, "both")
+        toy(running, 1)
+        assert len(fake.bodies) == 1, "a look at it, and nothing else"
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: toy(running, i, 300), range(16)))
+        assert 1 < len(fake.bodies) < 17
+        assert alive(running)["decode:0"]["stats"]["generation_tokens"] > 0
+        assert running.status()["counters"].get("failed", 0) == 0
+        assert f"overflow to {fake.url}" in running.log.read_text()
+
+
 # ---- pools that follow their load --------------------------------------------------------------------------------------
 
 
@@ -161,6 +196,12 @@ def test_a_pool_goes_from_one_to_three_and_back_under_a_step_load(tmp_path: Path
         assert len(set(decoding())) == 3
         time.sleep(5)
         assert all(w["ledger"]["decoding"] + w["ledger"]["prefilling"] for n, w in alive(running).items() if "decode" in n)
+        pid = running.pid_of("tandem:scheduler")
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        running.wait(lambda: len(decoding()) == 3, 30, "everybody known to the scheduler's successor")
+        time.sleep(5)
+        assert len(decoding()) == 3, "whose first idea of the pool is not one worker"
         heavy.end()
         down_s = running.wait(lambda: len(decoding()) == 1, 120, "one decode worker again")
         time.sleep(2)
@@ -172,3 +213,31 @@ def test_a_pool_goes_from_one_to_three_and_back_under_a_step_load(tmp_path: Path
         assert heavy.num_done > 20
         serves = json.loads(urllib.request.urlopen(f"{running.url}/v1/models").read())
         assert serves["data"][0]["id"] == "toy"
+
+
+# ---- a change of role --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.more
+def test_a_worker_changes_its_role_under_serve(tmp_path: Path) -> None:
+    """Two prefill workers and many long answers: one of them decodes, in the same process, and no answer is the worse for it."""
+    keys = ["switch_roles=true", "scale_up_s=2", "switch_cooldown_s=5", "drain_s=5"]
+    sets = [part for key in keys for part in ("--set", f"scheduler.{key}")]
+    own = ("--prefill", "2", "--kv-cache-memory-bytes", "64MiB", "--max-num-seqs", "4")
+    with serve(tmp_path, "toy", *own, *sets, patience_s=180) as running:
+        running.wait(lambda: len(alive(running)) == 3, 60, "three workers")
+        before = {name: w["pid"] for name, w in alive(running).items()}
+        load = Load(running)
+        load.run(12, 300)
+        roles: Callable[[], list[str]] = lambda: [w["role"] for w in alive(running).values()]  # noqa: E731
+        took_s = running.wait(lambda: roles().count("decode") == 2, 90, "a second decode worker")
+        time.sleep(3)
+        load.end()
+        (name,) = alive(running).keys() - before.keys()
+        print(f"\n{name} after {took_s:.1f} s")
+        assert alive(running)[name]["pid"] in before.values()
+        assert alive(running)[name]["stats"]["generation_tokens"] > 0
+        assert not load.failures
+        assert running.status()["counters"].get("failed", 0) == 0
+        events = json.loads(running.get("/dashboard/data?once=1")[1])["events"]
+        assert "role_switch" in [event["kind"] for event in events]

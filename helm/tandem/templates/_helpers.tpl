@@ -39,6 +39,21 @@ gateway:
 {{- toYaml (merge (dict "host" "0.0.0.0" "port" 8000) .Values.gateway) | nindent 2 }}
 {{- end }}
 
+{{/* A bound of a pool: the value of a key, or replicas where there is none. dict: pool, key. */}}
+{{- define "tandem.bound" -}}
+{{- $value := index .pool .key -}}
+{{- if kindIs "invalid" $value }}{{ int .pool.replicas }}{{ else }}{{ int $value }}{{ end -}}
+{{- end }}
+
+{{/* "true" when some pool follows its load: then Serve has a policy of ours, and Ray's autoscaler adds and removes pods. */}}
+{{- define "tandem.isSized" -}}
+{{- range $role := list "prefill" "decode" -}}
+{{- $pool := index $.Values $role -}}
+{{- $fewest := include "tandem.bound" (dict "pool" $pool "key" "min_replicas") -}}
+{{- if ne $fewest (include "tandem.bound" (dict "pool" $pool "key" "max_replicas")) }}true{{ end -}}
+{{- end -}}
+{{- end }}
+
 {{/* One pod of one role. dict: root, role, spec (an entry of .Values.pods), isHead. No checksum of the configuration here:
      KubeRay answers a changed pod with a whole second cluster, and a changed serveConfigV2 in place. */}}
 {{- define "tandem.pod" -}}
@@ -48,7 +63,7 @@ metadata:
     {{- include "tandem.selector" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .role }}
 spec:
-  automountServiceAccountToken: false
+  automountServiceAccountToken: {{ and .isHead (contains "true" (include "tandem.isSized" $root)) }}
   terminationGracePeriodSeconds: {{ $root.Values.terminationGracePeriodSeconds }}
   {{- with $root.Values.image.pullSecrets }}
   imagePullSecrets:
