@@ -32,9 +32,20 @@ def lines(url: str, healthy: bool, reason: str, data: dict[str, Any]) -> list[st
     out = [f"{url}  {'healthy' if healthy else 'not healthy'}  {models}".rstrip()]
     if not healthy or data.get("error"):
         out.append(f"  {data.get('error') or reason or data.get('reason') or 'no reason given'}")
+    out += _tenants_file(status.get("tenants_file"))
     if status:
         out += ["", *_workers(status), "", *_requests(status), "", *_latencies(status)]
     return out
+
+
+def _tenants_file(file: dict[str, Any] | None) -> list[str]:
+    if file is None:
+        return []
+    problem = file.get("problem")
+    if problem is None:
+        return [f"  tenants: {file['path']}, version {file['version']}"]
+    kept = f"version {file['version']} stays in force" if file["version"] else "nothing is in force"
+    return [f"  tenants: {file['path']}:{problem['line']}: {problem['reason']}; {kept}"]
 
 
 def _workers(status: dict[str, Any]) -> list[str]:

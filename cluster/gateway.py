@@ -420,11 +420,16 @@ class Gateway:
         except (TandemError, OSError) as error:
             log.debug("tenants: %s", error)
 
-    async def _follow_tenants(self, peer: Peer, version: str) -> None:
-        """version: in force by the scheduler's word; "" when it was restarted and cannot use the file."""
-        if self._tenants is None or version == self._tenants.version:
+    async def _follow_tenants(self, peer: Peer, answer: TenantsVersion) -> None:
+        """What is in force by the scheduler's word: nothing when it was restarted and cannot use the file."""
+        if self._tenants is None:
             return
-        if version:
+        counted = self._tenants.heard(answer)
+        if counted is not None:
+            await peer.call(counted, CALL_TIMEOUT_S)
+        if answer.version == self._tenants.version:
+            return
+        if answer.version:
             await self._refresh_tenants(self._tenants.version)
         elif self._tenants.document is not None:
             await peer.call(OfferTenants(self._tenants.document), CALL_TIMEOUT_S)
@@ -442,7 +447,7 @@ class Gateway:
                 version = self._tenants.version if self._tenants is not None else ""
                 answer = await peer.call(GatewayBeat(self.gateway_id, in_flight, version), CALL_TIMEOUT_S)
                 if isinstance(answer, TenantsVersion):
-                    await self._follow_tenants(peer, answer.version)
+                    await self._follow_tenants(peer, answer)
             except (TandemError, OSError) as error:
                 log.debug("beat: %s", error)
             except Exception:  # a gateway that stops beating would be taken for dead, with all it holds

@@ -6,8 +6,10 @@ One per cluster; a named detached Ray actor holds it in production (`deployments
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import math
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +33,7 @@ from protocol.messages import (
     Message,
     Metrics,
     Notice,
+    OfferServices,
     OfferTenants,
     Ok,
     Outcome,
@@ -51,6 +54,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 METRICS_WINDOW_S = 300.0
+MAX_SERVICES = 128  # tenants' counters that gateways remember for us
+SERVICES_S = 0.5
 MAX_GONE = 4096  # requests whose end is remembered, so that an Admit overtaken by it is not queued for nobody
 GONE_S = 30.0
 
@@ -78,6 +83,8 @@ class SchedulerService:
         self._pools = Pools(scheduler, self._workers, lambda *what: self._note(self._role_switched, *what))
         self._ticking: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._life = secrets.token_hex(8)
+        self._served: tuple[float, tuple[tuple[int, str, float], ...]] = (-math.inf, ())  # when read, and what
 
     async def start(self) -> None:
         if self.tenants_file is not None:
@@ -208,7 +215,17 @@ class SchedulerService:
 
     def _gateway_beat(self, peer: Peer, message: GatewayBeat, now: float) -> Ok | TenantsVersion:
         self.scheduler.gateway_beat(message, now)
-        return Ok() if self.tenants_file is None else TenantsVersion(self.tenants_file.version)
+        if self.tenants_file is None:
+            return Ok()
+        if now - self._served[0] >= SERVICES_S:  # once for all gateways: there may be thousands of counters
+            most = heapq.nlargest(MAX_SERVICES, self.scheduler.fairness.status(), key=lambda row: row["service"])
+            self._served = now, tuple((row["band"], row["tenant"], row["service"]) for row in most)
+        return TenantsVersion(self.tenants_file.version, self._life, self._served[1])
+
+    def _restore(self, peer: Peer, message: OfferServices, now: float) -> Ok:
+        """Counters only rise by it, so two gateways that remember alike add nothing to each other."""
+        self.scheduler.fairness.restore({(band, tenant): service for band, tenant, service in message.services})
+        return Ok()
 
     def _tenants(self, peer: Peer, message: AskTenants, now: float) -> TenantsInForce:
         if self.tenants_file is None:
@@ -252,6 +269,7 @@ class SchedulerService:
         AskHistory: _history,
         AskTenants: _tenants,
         OfferTenants: _offer,
+        OfferServices: _restore,
     }
 
     def _note(self, note: Callable[..., None], *what: Any) -> None:

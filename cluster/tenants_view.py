@@ -16,7 +16,7 @@ from api.backend import InForce
 from cluster.tenants_file import unpacked
 from configs.tenants import Tenants
 from protocol.errors import Overloaded
-from protocol.messages import AskTenants, Message, TenantsInForce
+from protocol.messages import AskTenants, Message, OfferServices, TenantsInForce, TenantsVersion
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ class TenantsView:
         self.document: TenantsInForce | None = None
         self._in_force = InForce(without) if without is not None else None
         self._has_file = without is None
+        self._life = ""
+        self._services: tuple[tuple[int, str, float], ...] = ()
         self._lock = asyncio.Lock()
 
     @property
@@ -45,6 +47,12 @@ class TenantsView:
         if self._in_force is None:
             raise Overloaded("the tenants file has not come from the scheduler yet", retry_after=RETRY_S)
         return self._in_force
+
+    def heard(self, answer: TenantsVersion) -> OfferServices | None:
+        """A beat's answer; what a scheduler of another life than the last one is to be told, None for nothing."""
+        before, self._services = self._services, answer.services
+        is_another, self._life = bool(self._life) and answer.life != self._life, answer.life
+        return OfferServices(before) if is_another and before else None
 
     async def refresh(self, stale: str, ask: Callable[[Message], Awaitable[Message]]) -> None:
         """Fetch what is in force, unless somebody did while we waited. stale: the version that will not do any more. Raises what

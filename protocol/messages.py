@@ -115,9 +115,15 @@ class GatewayBeat(msgspec.Struct, frozen=True, tag="gateway_beat"):
 
 
 class TenantsVersion(msgspec.Struct, frozen=True, tag="tenants_version"):
-    """Which version of the tenants file is in force; "" while none is, as the file cannot be used: then `OfferTenants` helps."""
+    """Which version of the tenants file is in force; "" while none is, as the file cannot be used: then `OfferTenants` helps.
+
+    life: of the scheduler that says so. services: (band, tenant, service) of those that were served most; a scheduler after this
+    one gets them back with `OfferServices`, so that a restart forgives nobody what it had.
+    """
 
     version: str
+    life: str = ""
+    services: tuple[tuple[int, str, float], ...] = ()
 
 
 class AskTenants(msgspec.Struct, frozen=True, tag="ask_tenants"):
@@ -130,6 +136,12 @@ class TenantsInForce(msgspec.Struct, frozen=True, tag="tenants_in_force"):
     version: str
     loaded: float
     tenants: bytes
+
+
+class OfferServices(msgspec.Struct, frozen=True, tag="offer_services"):
+    """A gateway to a scheduler of another life: what the one before had counted. -> Ok"""
+
+    services: tuple[tuple[int, str, float], ...]
 
 
 class OfferTenants(msgspec.Struct, frozen=True, tag="offer_tenants"):
@@ -434,6 +446,7 @@ Message = (
     | AskTenants
     | TenantsInForce
     | OfferTenants
+    | OfferServices
     | AskStatus
     | Status
     | AskMetrics

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 RECENT_S = 30.0
 MAX_TENANTS = 1024
+WEIGHED_S = 0.25  # how long a sum of weights holds
 
 
 class Activity:
@@ -14,6 +15,7 @@ class Activity:
 
     def __init__(self) -> None:
         self._came: OrderedDict[str, float] = OrderedDict()  # tenant -> when its last request came
+        self._weights: tuple[float, float] = (-WEIGHED_S, 1.0)  # when they were summed, their sum
 
     def came(self, tenant: str, now: float) -> None:
         self._came[tenant] = now
@@ -28,10 +30,11 @@ class Activity:
             came.popitem(last=False)
         return len(came) > 1
 
-    def has_more(self, tenant: str, held: Callable[[str], int], weight: Callable[[str], float], now: float) -> bool:
-        """Whether it holds more than its share by weight of what is held by those who are about. held: KV blocks of a tenant."""
+    def has_more(self, tenant: str, held: int, total: int, weight: Callable[[str], float], now: float) -> bool:
+        """Whether it holds more than its share by weight among those who are about. held, total: KV blocks, its own and
+        everybody's."""
         if not self.others(now):
             return False
-        total = sum(held(name) for name in self._came)
-        share = weight(tenant) / sum(weight(name) for name in self._came)
-        return held(tenant) > share * total
+        if now - self._weights[0] >= WEIGHED_S:
+            self._weights = now, sum(weight(name) for name in self._came)
+        return held > total * weight(tenant) / max(self._weights[1], 1e-9)

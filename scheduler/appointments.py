@@ -1,7 +1,8 @@
 """When those who were refused may come back: consecutive times, each the capacity of one request after the one before.
 
 One time for all would bring them back together, and refuse most of them again. Here everybody who is told a time has so much of the
-future set aside: newcomers are weighed as if those who have an appointment stood before them, and whoever comes when told is let in.
+future set aside: newcomers are weighed as if those who have an appointment stood before them, and whoever comes when told is
+let in.
 A client is known by what it asks for (tenant, model, lengths, the prompt's last hash): it comes back as another request. One who
 does not come loses the time after a grace.
 """
@@ -106,7 +107,8 @@ class Appointments:
         return out
 
     def work_s(self, model: str, band: int, tenant: str, until: float) -> float:
-        """What its own tenant's, and those of higher bands, who come will ask for by then. Other tenants' wait for their turn beside
+        """What its own tenant's, and those of higher bands, who come will ask for by then. Other tenants' wait for their turn
+        beside
         it, which the order sees to."""
         total = 0.0
         for (of, its_band), line in self._lines.items():

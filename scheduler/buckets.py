@@ -109,7 +109,8 @@ class Buckets:
 
 
 class RetryBudget:
-    """While requests are refused, clients' own retries are at most a share of what is let in (as gRPC's and Finagle's budgets, but at
+    """While requests are refused, clients' own retries are at most a share of what is let in (as gRPC's and Finagle's budgets,
+    but at
     the server): otherwise refusing makes the load that it is there to shed."""
 
     def __init__(self, share: float) -> None:

@@ -121,7 +121,8 @@ def forecast(
     decode_is_short: bool,
     price: Price,
 ) -> Forecast:
-    """appointed_s: seconds of work that others have been promised before it. decode_is_short: who waits now waits for decode room."""
+    """appointed_s: seconds of work that others have been promised before it. decode_is_short: who waits now waits for decode
+    room."""
     admit, pool, now = view.admit, view.pool, view.now
     work = work_of(view)
     rows = pool.decode

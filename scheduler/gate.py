@@ -1,6 +1,7 @@
 """The door: who is let into the queue, with what taken off, and who is told when to come back. Start reading at `enter`.
 
-In order: the retries' budget, the tenant's buckets, its promise (`scheduler.forecast`). A promise that cannot be kept is first helped
+In order: the retries' budget, the tenant's buckets, its promise (`scheduler.forecast`). A promise that cannot be kept is first
+helped
 by refusing the costliest of its own tenant that still waits, if that is worse than the newcomer (Moore and Hodgson's rule for the
 fewest late jobs: earliest deadline first, and drop the longest when one gets late), then by what its class allows to be taken off
 (another model, fewer tokens, another class), and then refused. Whoever is refused gets an appointment (`scheduler.appointments`).
@@ -10,7 +11,7 @@ Called by `scheduler.Scheduler` only; knows queue, pools and costs, and changes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -292,6 +293,15 @@ class Gate:
         waited = now - item.queued_at
         if item.forecast_wait_s > 0.0 and item.forecast_wait_s > 0.02 * (item.admit.ttft_slo_s or 1.0):
             self.wait_error.observe(max(1e-6, waited), item.forecast_wait_s)
+
+    def status(self, now: float) -> dict[str, Any]:
+        """See `scheduler.status.status_of`."""
+        return {
+            "wait": self.wait_error.status(),
+            "appointments": len(self.appointments),
+            "show_rate": self.appointments.show_rate,
+            "prices": {model: price.level for model, price in self.prices.items()},
+        }
 
     def _pace(self, model: str) -> Pace:
         pace = self.paces.get(model)

@@ -6,7 +6,8 @@
                     when the prefill ends: the one with the least step time; a looser class than others goes to the fullest of them,
                     so that whole workers stay quick for who needs them
     neither         a prompt with few uncached tokens, or no prefill worker: the decode worker prefills by itself
-    deflected       the prefill pool would miss the promise, or has more to do than it can in time: a decode worker with slack does it
+    deflected       the prefill pool would miss the promise, or has more to do than it can in time: a decode worker with slack
+    does it
     overflow        only when nobody else keeps the promise
 
 Late binding: work is given to a prefill worker only while its queue is short (`lookahead_s`); the rest waits in the scheduler's
@@ -31,6 +32,7 @@ from scheduler.table import (
     AT_END,
     BACKLOG_S,
     COMING,
+    COMING_CONTEXT,
     CONTEXT,
     DECODE_DRIFT,
     DECODING,
@@ -94,6 +96,7 @@ class View:
         self.matches = matches
         self.is_blind = not matches
         self.leaves_room = False
+        self.has_seats = True
 
     def cached(self, rows: Rows) -> Any:
         """Tokens of the prompt that each of these holds; 0 if nobody holds any."""
@@ -180,23 +183,27 @@ class View:
         # Of those that decode now, some will have ended. Lengths are memoryless here: nobody knows when one stops.
         survivors = decoding * np.exp(-until_first / (step * self.mean))
         num_seqs = survivors + coming + choices
-        share = num_seqs / (there + choices)
+        coming_context = live[COMING_CONTEXT]
+        left = (context - coming_context) * (survivors / np.maximum(1.0, decoding)) + coming_context
         mine = choices * (prompt_len + self.expected / 2)
         # What it prefills by itself, spread over the tokens that each of those who decode there has before them.
         stalls = (live[BACKLOG_S] + extra_s) / self.mean
-        tpot = self._step(rows, num_seqs, context * share + mine) + stalls
+        tpot = self._step(rows, num_seqs, left + mine) + stalls
         blocks = rows.num_blocks_for(prompt_len)
-        begin = blocks + choices - (prompt_len % rows.block_size != 0)
+        begin = blocks + choices - (prompt_len % rows.one_block_size != 0)
         if admit.resumption and admit.local_prefill:
             # Choices that differ come back one after the other, so alone it needs no more than the first of them does.
             begin = np.where(is_empty, np.minimum(begin, blocks), begin)
+        seats = usable & (is_empty | (num_seqs <= rows.max_seqs))
+        self.has_seats = bool(seats.any())
+        if not self.has_seats:
+            return Decodes(tpot, seats, seats)
+        at_end = live[AT_END] + (blocks + choices * np.ceil(math.ceil(self.expected) / rows.one_block_size))
         # A worker keeps a block free for every other running sequence's next token; so must this prediction.
-        room = usable & (live[FREE] >= begin + there // 2)
-        at_end = live[AT_END] + blocks + choices * np.ceil(math.ceil(self.expected) / rows.block_size)
-        room &= is_empty | ((num_seqs <= rows.max_seqs) & (at_end <= rows.num_blocks))
+        room = seats & (live[FREE] >= begin + there // 2) & (is_empty | (at_end <= rows.num_blocks))
         later = tpot
         if self.leaves_room:
-            later = self._step(rows, num_seqs + ROOM_FOR * choices, context * share + (1 + ROOM_FOR) * mine) + stalls
+            later = self._step(rows, num_seqs + ROOM_FOR * choices, left + (1 + ROOM_FOR) * mine) + stalls
         return Decodes(tpot, room, self._keeps(rows, later, mine, is_empty, choices) & room)
 
     def limit(self) -> float:
@@ -208,7 +215,8 @@ class View:
         # What it could not keep even alone is lost already, and holds nobody back.
         alone = self._step(rows, choices, mine)
         own = np.where(alone * margin <= limit, limit, math.inf)
-        return is_empty | (tpot * margin <= np.minimum(own, rows.live[TPOT_LIMIT]))
+        kept: Bools = is_empty | (tpot * margin <= np.minimum(own, rows.live[TPOT_LIMIT]))
+        return kept
 
     def margin(self, rows: Rows) -> float:
         """By how much a step time is to be overestimated, so that the promised share of requests keeps its promise."""
@@ -216,7 +224,8 @@ class View:
 
 
 class Joint:
-    """See the module. `pressure`: how many requests wait for each prefill worker of the model that is being placed; `packs`: whether
+    """See the module. `pressure`: how many requests wait for each prefill worker of the model that is being placed; `packs`:
+    whether
     a class with a tighter promise than the request's exists. Both set by the scheduler, which knows queue and classes."""
 
     def __init__(self, rules: Rules, max_deflected_share: float = 0.5) -> None:
@@ -226,6 +235,7 @@ class Joint:
         self.backlog_s = 0.0  # of prefill work that waits, for each prefill worker
         self.tightest_tpot_s = math.inf
         self.prefers_spot = False
+        self.lacks_size = True  # a smaller one might have found room
         self.free_in_s = 0.0  # when the first prefill worker's queue will be short
         self.waits_for_decode = True  # what the last one that was blocked had no room in; else it waits for a prefill worker
         self.leaves_room = False  # the request's tenant has more than its share: room for some of others' stays free
@@ -246,7 +256,7 @@ class Joint:
         view = self.view = View(admit, pool, output, matches, self._rules, now)
         view.leaves_room = self.leaves_room
         self._seen = (None, None)
-        self.waits_for_decode = True
+        self.waits_for_decode = self.lacks_size = True
         rows = pool.decode
         usable = view.usable(rows) if len(rows) else np.zeros(0, dtype=bool)
         if admit.excluded and not usable.any():
@@ -300,6 +310,7 @@ class Joint:
                 return Blocked.NO_ROOM
         at = self._choose(view, view.decodes(rows, usable, ttft), is_last=True)
         if at is None:
+            self.lacks_size = view.has_seats
             return Blocked.NO_ROOM
         worker = view.pool.prefill.workers[best]
         seen = self._seen[1]
@@ -334,7 +345,7 @@ class Joint:
 
     def _among_equals(self, rows: Rows, score: Floats, least: float, load: Floats) -> int:
         """Of those that are as good as the best: by price and kind, then the least loaded, then who came first."""
-        equal = np.flatnonzero(score <= least + EQUAL * abs(least) + 1e-4)  # loads are negative: the fullest is the least
+        equal = np.flatnonzero(score <= least + abs(least) * EQUAL + 1e-4)
         if len(equal) == 1:
             return int(equal[0])
         if rows.differ:
@@ -368,7 +379,8 @@ class Joint:
         return max(MIN_LOOKAHEAD_S, min(MAX_LOOKAHEAD_S, LOOKAHEAD_SHARE * promise))
 
     def _choose(self, view: View, decodes: Decodes, *, is_last: bool) -> int | None:
-        """The row to decode on; None without room. is_last: nobody else is asked, so a promise that nobody keeps may be broken where
+        """The row to decode on; None without room. is_last: nobody else is asked, so a promise that nobody keeps may be broken
+        where
         the predictions are not to be trusted yet."""
         self._seen = (self._seen[0], decodes)
         rows = view.pool.decode
@@ -449,13 +461,19 @@ class Joint:
         if prefills is not None:
             rows = self.view.pool.prefill
             for i in _smallest(prefills.ttft_s):
-                ttft = float(prefills.ttft_s[i])
+                ttft_s = float(prefills.ttft_s[i])
+                can = math.isfinite(ttft_s)
                 out.append(
                     Candidate(
-                        rows.workers[i].info.name, "prefill", float(prefills.queue_s[i]), ttft if math.isfinite(ttft) else None,
-                        None, int(prefills.cached[i]), int(rows.live[NUM_PREFILLS, i]), "" if math.isfinite(ttft) else "cannot take it",
+                        rows.workers[i].info.name,
+                        "prefill",
+                        queue_s=float(prefills.queue_s[i]),
+                        ttft_s=ttft_s if can else None,
+                        cached=int(prefills.cached[i]),
+                        load=int(rows.live[NUM_PREFILLS, i]),
+                        why_not="" if can else "cannot take it",
                     )
-                )  # fmt: skip
+                )
         if decodes is not None:
             rows = self.view.pool.decode
             for i in _smallest(np.where(decodes.keeps, decodes.tpot_s, decodes.tpot_s + 1e6)):

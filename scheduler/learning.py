@@ -78,7 +78,8 @@ def learn_from_beat(worker: WorkerState, before: WorkerStats | None, after: Work
 
 
 def learn_from_outcome(entry: Entry, outcome: Outcome, now: float) -> None:
-    """What a finished request's own pace says: how good the prediction of it was, and, from a worker that prefills all the time and so
+    """What a finished request's own pace says: how good the prediction of it was, and, from a worker that prefills all the
+    time and so
     has no clean decode steps, what a step takes."""
     worker, tpot_s = entry.decode, outcome.tpot_s
     if entry.first_token_at is None or tpot_s <= 0:

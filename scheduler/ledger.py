@@ -132,6 +132,7 @@ class WorkerState:
         self.num_coming = 0  # choices whose prefill is not over
         self.num_decoding = 0
         self.num_context_tokens = 0.0
+        self.num_coming_tokens = 0.0  # of these, of those whose prefill is not over
         self.blocks_at_end = 0
         self.limits: dict[float, int] = {}  # seconds a token -> how many of `entries` were promised it
         self.tpot_limit = math.inf  # the least of them
@@ -186,6 +187,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
+        self.total_held: dict[str, int] = {}  # by model
         self.held: dict[tuple[str, str], int] = {}  # model, tenant -> KV blocks at the end of what runs for it
 
     def _hold(self, entry: Entry, by: int) -> None:
@@ -195,6 +197,7 @@ class Ledger:
             self.held[key] = held
         else:
             self.held.pop(key, None)
+        self.total_held[entry.model] = self.total_held.get(entry.model, 0) + by * entry.num_blocks_at_end
 
     def book(self, entry: Entry, now: float) -> None:
         """A placement, booked before anybody is told of it."""
@@ -204,6 +207,7 @@ class Ledger:
         decode.entries[entry.request_id] = entry
         decode.num_coming += entry.num_choices
         decode.num_context_tokens += entry.num_context_tokens
+        decode.num_coming_tokens += entry.num_context_tokens
         decode.blocks_at_end += entry.num_blocks_at_end
         decode.blocks_unseen += entry.num_blocks_now
         decode.promise(entry.tpot_limit, 1)
@@ -222,6 +226,7 @@ class Ledger:
         entry.first_token_at = now
         self._leave_prefill(entry, now)
         entry.decode.num_coming -= entry.num_choices
+        entry.decode.num_coming_tokens -= entry.num_context_tokens
         entry.decode.num_decoding += entry.num_choices
 
     def free(self, entry: Entry, now: float) -> None:
@@ -232,6 +237,7 @@ class Ledger:
         if entry.first_token_at is None:
             self._leave_prefill(entry, now)
             decode.num_coming -= entry.num_choices
+            decode.num_coming_tokens -= entry.num_context_tokens
         else:
             decode.num_decoding -= entry.num_choices
         decode.num_context_tokens -= entry.num_context_tokens
@@ -239,7 +245,7 @@ class Ledger:
         decode.promise(entry.tpot_limit, -1)
         self._hold(entry, -1)
         if not decode.entries:
-            decode.num_context_tokens = 0.0  # floats that were added and taken away
+            decode.num_context_tokens = decode.num_coming_tokens = 0.0  # floats that were added and taken away
         if not entry.is_seen:
             decode.blocks_unseen -= entry.num_blocks_now
         elif entry.num_missed == 0:  # the last heartbeat still counted its blocks as used
@@ -339,6 +345,8 @@ class Ledger:
             decoding = sum(e.num_choices for e in entries if e.first_token_at is not None)
             assert worker.num_coming == coming, f"{name}: {worker.num_coming} coming, entries say {coming}"
             assert worker.num_decoding == decoding, f"{name}: {worker.num_decoding} decoding, entries say {decoding}"
+            tokens = sum(e.num_context_tokens for e in entries if e.first_token_at is None)
+            assert math.isclose(worker.num_coming_tokens, tokens, abs_tol=1e-3), f"{name}: {worker.num_coming_tokens} coming"
             at_end = sum(e.num_blocks_at_end for e in entries)
             assert worker.tpot_limit == min((e.tpot_limit for e in entries), default=math.inf), f"{name}: {worker.tpot_limit}"
             assert worker.blocks_at_end == at_end, f"{name}: {worker.blocks_at_end} blocks, entries say {at_end}"

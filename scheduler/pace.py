@@ -1,6 +1,7 @@
 """How fast a model's queue is served: what was placed a second while something waited, or, before that is known, what pools can do.
 
-Work is counted twice, by what it takes of either resource: seconds of prefill, and seconds of decoding (output tokens times what each
+Work is counted twice, by what it takes of either resource: seconds of prefill, and seconds of decoding (output tokens times
+what each
 adds to a step). A prefill worker gives one second a second; a decode worker what its promise leaves beside a step's own cost.
 """
 

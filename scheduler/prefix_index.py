@@ -70,6 +70,7 @@ class PrefixIndex:
         assert max_hashes >= 1, "an index holds something"
         self.max_hashes = max_hashes
         self._holders: OrderedDict[bytes, int] = OrderedDict()  # hash -> bits of the workers that hold it
+        self._owned: dict[str, OrderedDict[bytes, None]] = {}  # of tenants with less than the whole: theirs, oldest first
         self._bit_of: dict[str, int] = {}
         self._free_bits: list[int] = []
         self._num_bits = 0
@@ -79,19 +80,31 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._holders)
 
-    def insert(self, worker: str, hashes: Sequence[bytes]) -> None:
-        """`worker` holds, or soon will, the prefix that ends with each of `hashes`."""
+    def insert(self, worker: str, hashes: Sequence[bytes], tenant: str = "", share: float = 1.0) -> None:
+        """`worker` holds, or soon will, the prefix that ends with each of `hashes`. share: of the whole index that this tenant's may
+        fill (hashes are salted by tenant, so each belongs to one); its own least recently used ones go when it has more."""
         if not hashes:
             return
+        if share < 1.0:
+            self._keep_share(tenant, hashes, max(1, int(share * self.max_hashes)))
         mask = 1 << self.bit(worker)
         holders = self._holders
         # Backwards, so that a prompt's first blocks are the most recently used and outlive its last ones: without its
         # beginning a prefix cannot be found at all.
-        for block_hash in reversed(hashes[: self.max_hashes]):
+        most = self.max_hashes if share >= 1.0 else max(1, int(share * self.max_hashes))
+        for block_hash in reversed(hashes[:most]):
             holders[block_hash] = holders.get(block_hash, 0) | mask
             holders.move_to_end(block_hash)
         while len(holders) > self.max_hashes:
             holders.popitem(last=False)
+
+    def _keep_share(self, tenant: str, hashes: Sequence[bytes], most: int) -> None:
+        own = self._owned.setdefault(tenant, OrderedDict())
+        for block_hash in reversed(hashes[:most]):
+            own[block_hash] = None
+            own.move_to_end(block_hash)
+        while len(own) > most:
+            self._holders.pop(own.popitem(last=False)[0], None)
 
     def match(self, hashes: Sequence[bytes]) -> Matches:
         """worker -> how many of the leading `hashes` it holds. Workers that hold none are left out."""

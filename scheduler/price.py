@@ -1,6 +1,7 @@
 """What a request may cost while not everybody can be served: overload refuses the costliest first.
 
-As many promises as possible are kept by refusing those that take most (Moore and Hodgson); among the few that wait at one moment that
+As many promises as possible are kept by refusing those that take most (Moore and Hodgson); among the few that wait at one
+moment that
 is a weak choice, so the choice is made over time: a quantile of what requests cost lately, lowered by each that comes while waits
 are long and raised by each that does not.
 """

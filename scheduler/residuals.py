@@ -48,7 +48,8 @@ class Residuals:
 
 
 class Margin:
-    """By how much a prediction is to be overestimated so that no more than a share of promises is broken: raised a little by each that
+    """By how much a prediction is to be overestimated so that no more than a share of promises is broken: raised a little by
+    each that
     was broken, lowered by each that was kept, in equilibrium where the shares balance (stochastic approximation of a quantile)."""
 
     STEP = 0.004

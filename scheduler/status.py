@@ -44,7 +44,11 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
     totals             role -> cumulative WorkerStats counters over all workers, the dead included
     gateways           [gateway_id, beat_age_s, in_flight]
     starting           start-ups under way or just over: [name role incarnation phase detail elapsed_s], oldest first
-    cost_models        [model device role tp pp prefill decode transfer (coefficients, see scheduler.cost) observations]
+    cost_models        [model device role tp pp prefill decode transfer (coefficients, see scheduler.cost) observations
+                       errors: of actual / predicted, by ttft (placed -> first token), prefill, decode_step, tpot: count, mape
+                       (mean absolute relative error), p10, p50, p90; tpot_margin: by which a pace is overestimated]
+    services           [band tenant service (tokens over weight, see scheduler.fairness) waits]
+    admission          wait (errors of the forecast wait, as above), appointments, show_rate, prices (model -> share let in)
     prefix_index       hashes max_hashes
     """
     config, records, queue = scheduler.config, scheduler.records, scheduler.queue
@@ -64,7 +68,7 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
             "max_tokens": queue.max_tokens,
             "max_bytes": queue.max_bytes,
             "oldest_s": now - oldest_at if oldest_at is not None else 0.0,
-            "drain_s": max((scheduler.predicted_drain_s(model, now) for model in queue.orders), default=0.0),
+            "drain_s": max((scheduler.refusing.predicted_drain_s(model, now) for model in queue.orders), default=0.0),
         },
         "in_flight": {"total": len(entries), "prefilling": prefilling, "decoding": len(entries) - prefilling},
         "latencies": from_latency,
@@ -80,6 +84,8 @@ def status_of(scheduler: Scheduler, now: float) -> dict[str, Any]:
         ],
         "starting": [msgspec.structs.asdict(phase) for told in records.phases.values() for phase in told],
         "cost_models": _cost_models(scheduler),
+        "services": scheduler.fairness.status(),
+        "admission": scheduler.gate.status(now),
         "prefix_index": {"hashes": len(scheduler.index), "max_hashes": scheduler.index.max_hashes},
     }
 
@@ -100,6 +106,13 @@ def _cost_models(scheduler: Scheduler) -> list[dict[str, Any]]:
                 "decode": cost.decode.num_observations,
                 "transfer": cost.transfer.num_observations,
             },
+            "errors": {
+                "ttft": cost.ttft_error.status(),
+                "prefill": cost.prefill_error.status(),
+                "decode_step": cost.decode_error.status(),
+                "tpot": cost.tpot_error.status(),
+            },
+            "tpot_margin": cost.tpot_margin.factor,
         }
         for (model, device, role, parallel), cost in scheduler.costs.models.items()
     ]

@@ -6,6 +6,7 @@ Derived, never the truth: a `WorkerState` tells its rows that it has changed, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,8 +23,8 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 # Columns.
 TAKES, BACKLOG_S, HEAD_S, HEAD_SINCE, NUM_PREFILLS, PREFILL_DRIFT = range(6)
 DECODING, COMING, CONTEXT, AT_END, FREE, DECODE_DRIFT, TPOT_LIMIT = range(6, 13)
-TOKENS, HEAD_TOKENS = range(13, 15)  # uncached ones of all prompts in the prefill queue, of its first
-NUM_COLUMNS = 15
+TOKENS, HEAD_TOKENS, COMING_CONTEXT = range(13, 16)  # uncached ones of all prompts in the prefill queue, of its first
+NUM_COLUMNS = 16
 
 
 def _row(worker: WorkerState) -> tuple[float, ...]:
@@ -44,11 +45,13 @@ def _row(worker: WorkerState) -> tuple[float, ...]:
         worker.tpot_limit,
         worker.prefill_tokens,
         first.uncached if first is not None else 0,
+        worker.num_coming_tokens,
     )
 
 
 class Rows:
-    """Workers of one role. Columns that change are in `live`, [NUM_COLUMNS, workers]; the others are written when somebody joins."""
+    """Workers of one role. Columns that change are in `live`, [NUM_COLUMNS, workers]; the others are written when somebody
+    joins."""
 
     def __init__(self) -> None:
         self.workers: list[WorkerState] = []
@@ -85,6 +88,8 @@ class Rows:
         self.num_blocks = _floats(i.num_blocks for i in infos)
         self.block_size = _floats(i.layout.block_size for i in infos)
         self.max_seqs = _floats(i.max_num_seqs for i in infos)
+        sizes = {i.layout.block_size for i in infos}
+        self.one_block_size: Any = float(sizes.pop()) if len(sizes) == 1 else self.block_size
         self.block_nbytes = _floats(i.layout.block_nbytes for i in infos)
         self.batch = _floats(i.max_num_batched_tokens for i in infos)  # of one step; 0: not told
         self.chunk = _floats(i.max_num_batched_tokens or 256 for i in infos)
@@ -106,7 +111,10 @@ class Rows:
         matrix = np.array([of(cost) for cost in self.costs])
         return tuple(matrix[self.cost_of].T)
 
-    def num_blocks_for(self, num_tokens: float) -> Floats:
+    def num_blocks_for(self, num_tokens: float) -> Any:
+        """A number while all workers have blocks of one size, else a column."""
+        if isinstance(self.one_block_size, float):
+            return float(math.ceil(num_tokens / self.one_block_size))
         return np.ceil(num_tokens / self.block_size)
 
     def check_integrity(self) -> None:

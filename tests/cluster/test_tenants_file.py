@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
+import cluster.scheduler_service
 import cluster.tenants_file
 from api.backend import InForce
 from cluster.gateway import Gateway, Limits
@@ -272,7 +273,9 @@ async def test_a_new_request_is_judged_under_the_file_in_force_or_goes_back(tmp_
         assert not resumed.done() or resumed.exception() is None, "it waits for room, or has it; nobody judges it again"
         resumed.cancel()
         answer = await service.handle(Peer(), GatewayBeat("g", (("b", 2),)))
-        assert answer == TenantsVersion(service.tenants_file.version)
+        assert isinstance(answer, TenantsVersion)
+        assert answer.version == service.tenants_file.version
+        assert [row[:2] for row in answer.services] == [(1, "acme")]
         told = await service.handle(Peer(), AskTenants())
         assert isinstance(told, TenantsInForce)
         assert unpacked(told).tenant("acme").weight == 7.0
@@ -292,10 +295,10 @@ async def test_while_the_file_cannot_be_used_nobody_is_served_until_a_gateway_he
     async with scheduler_with(path) as service:
         with pytest.raises(Overloaded, match="did you mean weight"):
             await service.handle(Peer(), admit("a", ""))
-        assert await service.handle(Peer(), GatewayBeat("g", (), "v0")) == TenantsVersion("")
+        assert (await service.handle(Peer(), GatewayBeat("g", (), "v0"))).version == ""  # type: ignore[union-attr]
         offered = packed(read_tenants(good(1), "t"), 5.0)
         await service.handle(Peer(), OfferTenants(offered))
-        assert await service.handle(Peer(), GatewayBeat("g", (), "v0")) == TenantsVersion(offered.version)
+        assert (await service.handle(Peer(), GatewayBeat("g", (), "v0"))).version == offered.version  # type: ignore[union-attr]
         text = (await service.handle(Peer(), msgspec.json.decode(b'{"type":"ask_metrics"}', type=_asked()))).text  # type: ignore[union-attr]
         assert "tandem_tenants_file_valid" in text
 
@@ -342,11 +345,13 @@ async def test_gateways_follow_the_file_and_outlive_the_scheduler(tmp_path: Path
     """Two gateways, one file; a reload reaches both with their beats; a scheduler that comes back to a damaged file gets it from
     them."""
     monkeypatch.setattr(cluster.gateway, "BEAT_S", 0.05)
+    monkeypatch.setattr(cluster.scheduler_service, "SERVICES_S", 0.05)
     monkeypatch.setattr(cluster.tenants_file, "POLL_S", 0.05)
     monkeypatch.setattr(cluster.tenants_file, "SETTLE_S", 0.1)
     path, hub = tmp_path / "t.yaml", Hub(True)
     path.write_text(good(1))
-    async with scheduler_with(path, hub):
+    async with scheduler_with(path, hub) as service:
+        service.scheduler.fairness.charge("r", 1, "acme", 1.0, 500, 0.0)
         doors = [Door(hub, TenantsView(None), f"g{i}") for i in range(2)]
         with pytest.raises(Overloaded):
             doors[0].view.in_force()
@@ -365,6 +370,7 @@ async def test_gateways_follow_the_file_and_outlive_the_scheduler(tmp_path: Path
         assert service.tenants_file is not None
         await until(lambda: service.tenants_file.version == second)
         assert service.scheduler.tenants.tenant("acme").weight == 2.0
+        await until(lambda: service.scheduler.fairness.service(1, "acme") == 500.0)  # what it had is not forgiven
         path.write_text(good(3))
         await until(lambda: all(door.view.version not in ("", second) for door in doors))
     for door in doors:
