@@ -27,7 +27,7 @@ from simulation.scenario import Scenario, arrivals_of, load, offered_rate, scale
 
 HERE = Path(__file__).parent / "scenarios"
 LEVEL = 0.9
-RESOLUTION = 0.015  # of the rate, where bisection ends
+RESOLUTION = 0.02  # of the rate, where bisection ends
 OVERLOAD = 2.0
 QUICK_REQUESTS = 1500
 MAX_RATE_FACTOR = 64.0
@@ -124,8 +124,13 @@ def measure(job: Job) -> dict[str, Any]:
     def point(scale: float, may_stop: bool) -> dict[str, Any]:
         return _simulated(job, scenario, arrivals, scale, LEVEL if may_stop else None)
 
+    curve: list[dict[str, Any]] = []
+
     def keeps(scale: float) -> bool:
-        return float(point(scale, True)["attainment"]) >= LEVEL
+        found = point(scale, True)
+        if found["attainment"] >= LEVEL:
+            curve.append(found)
+        return bool(found["attainment"] >= LEVEL)
 
     low, high = 0.0, 1.0
     while keeps(high):
@@ -139,16 +144,17 @@ def measure(job: Job) -> dict[str, Any]:
     while high / low > 1 + RESOLUTION:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if keeps(middle) else (low, middle)
-    curve = [point(low * factor, False) for factor in (0.5, 1.0, 1.5, OVERLOAD)]
+    at, between, above = (point(low * factor, False) for factor in (1.0, 1.4, OVERLOAD))
+    curve = sorted([*curve, between, above], key=lambda p: float(p["offered_rps"]))
     peak = max(p["goodput_rps"] for p in curve)
     return {
         "capacity_rps": low * base,
         "base_rps": base,
-        "goodput_at_capacity_rps": curve[1]["goodput_rps"],
-        "goodput_at_overload_rps": curve[3]["goodput_rps"],
-        "overload_share_of_peak": curve[3]["goodput_rps"] / peak if peak else 0.0,
-        "wasted_at_capacity": curve[1]["wasted_prefill_fraction"],
-        "wasted_at_overload": curve[3]["wasted_prefill_fraction"],
+        "goodput_at_capacity_rps": at["goodput_rps"],
+        "goodput_at_overload_rps": above["goodput_rps"],
+        "overload_share_of_peak": above["goodput_rps"] / peak if peak else 0.0,
+        "wasted_at_capacity": at["wasted_prefill_fraction"],
+        "wasted_at_overload": above["wasted_prefill_fraction"],
         "curve": curve,
         "requests": len(arrivals),
         "wall_s": time.perf_counter() - started,

@@ -10,7 +10,7 @@ TTFT
    within 1.3 times of what it sees alone on the same workers.
 3. A burst, and clients that come back when they are told: how many are let in at once, and how long they were told to wait against
 the
-   first time at which they could have been let in without displacing those who were told an earlier one.
+   first time at which there was room for them behind those refused before them (simulation/probes.py).
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"flood: {f['victim_offered']} requests of the quiet tenant beside {f['flooder_offered']}, refused {f['victim_refused']}; "
         f"p99 TTFT {f['ttft_p99_s']:.3f} s, alone {f['ttft_p99_alone_s']:.3f} s: x{f['ratio']:.2f} (goal <= 1.3, 0 refused)\n"
         f"Retry-After: {r['came_back']} came back, {r['admitted_at_once']:.1%} let in at once (goal >= 90 %); told to "
-        f"wait {r['median_wait_s']:.1f} s, first feasible {r['median_feasible_s']:.1f} s, x{r['ratio']:.2f} (goal <= 1.5; {r['probed']} probed)"
+        f"wait {r['median_told_of_probed_s']:.1f} s, first feasible {r['median_feasible_s']:.1f} s, x{r['ratio']:.2f} "
+        f"(goal <= 1.5; {r['probed']} probed)"
     )
     return found
 
@@ -142,7 +143,8 @@ def retry_after(capacity: float, args: argparse.Namespace) -> dict[str, Any]:
     arrivals = some(
         lambda at: capacity * (3.0 if begin <= at < end else 0.6), 3 * capacity, args.seconds, ("a", "b"), random.Random(args.seed)
     )
-    probes = Probes()
+    mean_prompt = sum(a.prompt_tokens for a in arrivals) / len(arrivals)
+    probes = Probes(capacity * mean_prompt, SLO.ttft_s)
     simulation = Simulation(
         setup_for(of({"a": 1.0, "b": 1.0}), args.seed, retries=True), arrivals, policies.scheduler_for("tandem"), watch=probes
     )

@@ -98,6 +98,7 @@ class Simulation:
         self._max_missed = None if stop_below is None or num_expected is None else int((1 - stop_below) * num_expected)
         self._shared = (Link(setup.shared_gbps),) if setup.shared_gbps else ()
         self.newly_refused: deque[Req] = deque(maxlen=1000)  # that will come back; whoever watches takes them out
+        self.fresh_tokens = 0  # of prompts that were let in when they first asked
         self._last_end_at = 0.0
         self.last_arrival_at = 0.0
         self.prefills: dict[str, PrefillWorker] = {}
@@ -225,6 +226,8 @@ class Simulation:
             self.scheduler.submit(req.admit, self.now)
         except TandemError as error:
             self._refused(req, error)
+        else:
+            self.fresh_tokens += req.prompt if req.num_attempts + req.num_retries == 0 else 0
         self._decide()
 
     def _refused(self, req: Req, error: TandemError) -> None:

@@ -1,51 +1,60 @@
-"""When a refused client could first have been let in: asks the door again and again, without changing anything behind it.
+"""When a refused client could first have come in: the reference that advised waits are compared with.
 
-First feasible for a client is the first time at which its promise could be kept, with everybody before it who was told an earlier
-time: to displace those would only break another promise. Given to a Simulation as `watch`.
+First feasible, for everybody together and not for each alone: whoever was refused stands in one line, in the order of the refusals,
+and the line is served by what first-time requests leave of the capacity (in prompt tokens a second, as measured at the 90 % line).
+A single client could slip in earlier through any gap, but all of them have the same gaps. Given to a Simulation as `watch`.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, NamedTuple
 
 from simulation.cluster import Simulation
-from simulation.requests import Req
 
 EVERY_S = 0.25  # between two looks
-MAX_OPEN = 200  # probes at once; of more refusals every now and then one is taken
+MAX_LINE = 100_000
 
 
-class Probe(NamedTuple):
-    req: Req
-    refused_at: float
-    told_at: float  # when it may come back
+class Refused(NamedTuple):
+    at: float
+    wait_s: float  # as told
+    tokens: int
 
 
 class Probes:
-    def __init__(self) -> None:
+    """capacity: prompt tokens a second. patience_s: so much more than the capacity may be admitted for a moment (a promise's
+    time)."""
+
+    def __init__(self, capacity: float, patience_s: float) -> None:
         self.waits: list[tuple[float, float]] = []  # (told, first feasible), seconds
-        self._open: list[Probe] = []
-        self._seen: set[tuple[int, int]] = set()
+        self._capacity = capacity
+        self._patience_s = patience_s
+        self._line: deque[Refused] = deque(maxlen=MAX_LINE)
+        self._seen: set[int] = set()
+        self._spare = 0.0
         self._looked_at = 0.0
+        self._fresh = 0
 
     def __call__(self, simulation: Simulation) -> None:
         now = simulation.now
-        for req in simulation.newly_refused:
-            key = req.index, req.num_retries
-            if key not in self._seen and len(self._open) < MAX_OPEN:
-                self._seen.add(key)
-                self._open.append(Probe(req, now, now + req.waited))
-        simulation.newly_refused.clear()
-        if now - self._looked_at < EVERY_S or not self._open:
+        while simulation.newly_refused:
+            req = simulation.newly_refused.popleft()
+            if req.index not in self._seen:  # of its refusals the first: the others wait in the line already
+                self._seen.add(req.index)
+                self._line.append(Refused(now, req.waited, req.prompt))
+        elapsed = now - self._looked_at
+        if elapsed < EVERY_S:
             return
+        fresh, self._fresh = simulation.fresh_tokens - self._fresh, simulation.fresh_tokens
         self._looked_at = now
-        left = []
-        for probe in self._open:
-            if would_admit(simulation, probe):
-                self.waits.append((probe.told_at - probe.refused_at, max(EVERY_S, now - probe.refused_at)))
-            else:
-                left.append(probe)
-        self._open = left
+        self._spare += self._capacity * elapsed - fresh
+        self._spare = max(self._spare, -self._capacity * self._patience_s)
+        while self._line and self._spare > 0:
+            first = self._line.popleft()
+            self._spare -= first.tokens
+            self.waits.append((first.wait_s, max(EVERY_S, now - first.at)))
+        self._spare = min(self._spare, self._capacity * EVERY_S)  # what nobody uses is gone
 
     def figures(self) -> dict[str, Any]:
         if not self.waits:
@@ -58,8 +67,3 @@ class Probes:
             "median_told_of_probed_s": told[middle],
             "ratio": told[middle] / feasible[middle],
         }
-
-
-def would_admit(simulation: Simulation, probe: Probe) -> bool:
-    scheduler = simulation.scheduler
-    return scheduler.gate.would_admit(probe.req.admit, scheduler.tenants, simulation.now, before=probe.told_at)
