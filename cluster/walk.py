@@ -57,6 +57,7 @@ class Choice:
         self.detokenizer = detokenizer
         self.token_ids: list[int] = []
         self.pending: dict[int, TokenUpdate] = {}  # updates beyond a gap, by their index
+        self.gap_at: float | None = None  # since when there is one
         self.finish_reason: str | None = None
         self.stopped_here = False  # by a stop string, which only the gateway sees
         self.last_at: float | None = None  # when its last token came
@@ -107,6 +108,11 @@ class Walk:
     @property
     def is_complete(self) -> bool:
         return all(choice.finish_reason is not None for choice in self.choices)
+
+    @property
+    def gap_at(self) -> float | None:
+        """Since when some choice has had later tokens and lacks the next one."""
+        return min((choice.gap_at for choice in self.choices if choice.gap_at is not None), default=None)
 
     @property
     def max_delivered(self) -> int:
@@ -167,6 +173,8 @@ class Walk:
             self.inbox.get_nowait()
         for choice in self.choices:
             choice.pending.clear()
+            choice.gap_at = None
+        self._held.clear()
 
     def blame(self, error: TandemError) -> None:
         """Remember whom not to be placed on again, if there is anybody else. That decode has no room is nobody's fault: it may
@@ -262,6 +270,10 @@ class Walk:
             events.append(self._deliver(choice, ready, skip))
             self.timeline.tokens(len(events[-1].token_ids), choice.last_at, now)
             choice.last_at = now
+        if not choice.pending or choice.finish_reason is not None:
+            choice.gap_at = None
+        elif events or choice.gap_at is None:
+            choice.gap_at = now
         return events
 
     def _deliver(self, choice: Choice, update: TokenUpdate, skip: int) -> Tokens:
