@@ -1,7 +1,7 @@
 """The Serve application: `build(args)` for a Serve config file (`import_path: cluster.app:build`) and for `tandem serve`.
 
-args: {"config": {section: {key: value}}, "secret": "..."}. Secrets may stay out of the file: without them the environment's
-TANDEM_CLUSTER_SECRET and TANDEM_GATEWAY_API_KEY are taken.
+args: {"config": {section: {key: value}}, "secret": "...", "has_policy": false}. Secrets may stay out of the file: without them the
+environment's TANDEM_CLUSTER_SECRET and TANDEM_GATEWAY_API_KEY are taken.
 Each role is a deployment; each rank of its replicas asks for one unit of a resource of ours (`tandem_prefill`,
 `tandem_decode`), and for no CPU: Serve's default of one CPU per replica would leave half of the workers of a laptop waiting
 for ever.
@@ -27,6 +27,7 @@ from models.locate import locate
 from protocol.errors import ConfigError
 
 GOING_S = 10.0  # what a replica may take to go, beside its drain
+POOL_POLICY = "cluster.sizes:pool_policy"
 ROLE_RESOURCES = {"prefill": "tandem_prefill", "decode": "tandem_decode"}
 
 
@@ -43,14 +44,17 @@ def build(args: dict[str, Any]) -> Application:
     secret = args.get("secret") or os.environ.get("TANDEM_CLUSTER_SECRET", "")
     if len(secret) < 16:
         raise ConfigError("no cluster secret of at least 16 characters: set TANDEM_CLUSTER_SECRET on every node")
-    return application(config, secret.encode())
+    return application(config, secret.encode(), bool(args.get("has_policy")))
 
 
-def application(config: Config, secret: bytes) -> Application:
+def application(config: Config, secret: bytes, has_policy: bool = False) -> Application:
+    """has_policy: whether the application has an autoscaling policy, so that its deployments need none."""
     config_json = msgspec.json.encode(config)
     pools = []
     for i, one in enumerate(config.each()):
-        pools += [_workers(role, one, i).bind(role, config_json, secret, _rank_options(role, one), i) for role in one.roles]
+        pools += [
+            _workers(role, one, i, has_policy).bind(role, config_json, secret, _rank_options(role, one), i) for role in one.roles
+        ]
     pools += [_overflow(config, i).bind(config_json, secret, i) for i in range(len(config.overflow))]
     gateway = serve.deployment(
         GatewayReplica,
@@ -65,7 +69,7 @@ def application(config: Config, secret: bytes) -> Application:
     return gateway.bind(config_json, secret, *pools)
 
 
-def _workers(role: str, config: Config, number: int = 0) -> Any:
+def _workers(role: str, config: Config, number: int = 0, has_policy: bool = False) -> Any:
     """One deployment per role of a model, which is the number-th. A worker of several ranks has a placement group: a bundle for
     each stage, which holds the stage's tensor ranks on one node; the first one also holds the replica itself, which is rank 0."""
     parallel, options = config.parallel(role), _rank_options(role, config)
@@ -76,7 +80,7 @@ def _workers(role: str, config: Config, number: int = 0) -> Any:
     return serve.deployment(
         WorkerReplica,
         name=deployment_name(config, role, number),
-        **_size(config, role),
+        **_size(config, role, has_policy),
         max_ongoing_requests=1000,
         max_constructor_retry_count=5,
         ray_actor_options=options,
@@ -101,14 +105,15 @@ def _overflow(config: Config, number: int) -> Any:
     )
 
 
-def _size(config: Config, role: str) -> dict[str, Any]:
-    """How many replicas. A pool that follows its load has bounds and no policy of its own: the application's decides for all pools
-    together (`sizes.py`), with all the patience there is in it already."""
+def _size(config: Config, role: str, has_policy: bool) -> dict[str, Any]:
+    """How many replicas. A pool that follows its load has bounds, and leaves the rest to the scheduler, which has all the patience
+    there is: Serve's own policy would see no load at all and shrink it."""
     pool = config.pool(role)
     if pool.fewest == pool.most:
         return {"num_replicas": pool.replicas}
     bounds = {"min_replicas": pool.fewest, "initial_replicas": pool.replicas, "max_replicas": pool.most}
-    return {"autoscaling_config": {**bounds, "upscale_delay_s": 0, "downscale_delay_s": 0}}
+    policy = {} if has_policy else {"policy": {"policy_function": POOL_POLICY}}
+    return {"autoscaling_config": {**bounds, **policy, "upscale_delay_s": 0, "downscale_delay_s": 0}}
 
 
 def _rank_options(role: str, config: Config) -> dict[str, Any]:

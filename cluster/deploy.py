@@ -55,6 +55,7 @@ def document(config: Config, secret: str | None = None) -> dict[str, Any]:
     }
     if config.is_sized:
         application["autoscaling_policy"] = {"policy_function": POLICY}
+        application["args"]["has_policy"] = True
     http = {
         "host": config.gateway.host,
         "port": config.gateway.port,

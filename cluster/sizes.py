@@ -32,8 +32,11 @@ class Asking:
         self.answered_at = float("-inf")
         self._asked_at = float("-inf")
         self._question: Any = None
+        self._present: dict[str, int] = {}
 
     def look(self, now: float, present: dict[str, int]) -> None:
+        """present: how many replicas the pools have that somebody asks for just now."""
+        self._present |= present
         if self._question is not None:
             if self._question.done():
                 try:
@@ -49,7 +52,7 @@ class Asking:
             self._asked_at = now
             try:
                 actor = ray.get_actor(SCHEDULER[0], namespace=SCHEDULER[1])
-                self._question = actor.sizes.remote(present).future()
+                self._question = actor.sizes.remote(dict(self._present)).future()
             except Exception as error:  # not there yet
                 log.debug("no scheduler to ask: %s", error)
 
@@ -63,3 +66,9 @@ def policy(contexts: dict[Any, Any]) -> tuple[dict[Any, int], dict[Any, dict[str
     _asking.look(now, {which.name: context.target_num_replicas for which, context in contexts.items()})
     fresh = _asking.sizes if now - _asking.answered_at < STALE_S else {}
     return {which: fresh.get(which.name, context.target_num_replicas) for which, context in contexts.items()}, {}
+
+
+def pool_policy(context: Any) -> tuple[int, dict[str, Any]]:
+    """The same for one deployment, in a Serve application that brings no policy of its own."""
+    sizes, state = policy({context.deployment_id: context})
+    return sizes[context.deployment_id], state

@@ -5,7 +5,6 @@ Read-only. Every part of the status is optional to `tenant_series`; a tenant bey
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,37 +16,25 @@ from scheduler.scheduler import Scheduler
 
 Family = Callable[..., Metric]
 BUCKETS = ("requests", "tokens")
-PREDICTED = ("prefill", "decode", "ttft", "tpot")
-MAX_TENANTS = 256  # in a status: those that were served most
+MAX_TENANTS = 256  # in a status
 
 
 def about_tenants(scheduler: Scheduler, now: float) -> dict[str, Any]:
-    """fairness: [band tenant service waits], of the tenants that were served most (tokens in + 2 x out, over weight).
-    tenants: name -> class weight buckets (requests, tokens: what is left; none without a limit), of these and those with buckets.
-    prediction_errors: [model device role tp pp of count mape p10 p50 p90], ratios of actual to predicted."""
-    fairness = heapq.nlargest(MAX_TENANTS, scheduler.fairness.status(), key=lambda row: row["service"])
+    """tenants: name -> class weight buckets (requests, tokens: what is left; none without a limit), of those that were asked for
+    lately by a bucket and the first of the file."""
     levels = dict(itertools.islice(scheduler.gate.buckets.levels(now).items(), MAX_TENANTS))
-    names = dict.fromkeys(
-        [*(row["tenant"] for row in fairness), *levels, *itertools.islice(scheduler.tenants.tenants, MAX_TENANTS)]
-    )
     tenants = {}
-    for name in names:
+    for name in dict.fromkeys([*levels, *itertools.islice(scheduler.tenants.tenants, MAX_TENANTS)]):
         spec = scheduler.tenants.tenant(name)
         tenants[name] = {"class": spec.slo_class, "weight": spec.weight, "buckets": levels.get(name, {})}
-    errors = [
-        {"model": model, "device": device, "role": role, "tp": parallel.tp_size, "pp": parallel.pp_size, "of": of,
-         **getattr(cost, f"{of}_error").status()}
-        for (model, device, role, parallel), cost in scheduler.costs.models.items()
-        for of in PREDICTED
-    ]  # fmt: skip
-    return {"fairness": fairness, "tenants": tenants, "prediction_errors": errors}
+    return {"tenants": tenants}
 
 
 def tenant_series(status: dict[str, Any], family: Family, label: Callable[[str], str]) -> Iterator[Metric]:
     """family: makes one metric (kind, name, text, labels, rows). label: the tenant's label, or "other"."""
     yield from _file(status.get("tenants_file"), family)
     yield from _shares(status, family, label)
-    yield from _errors(status.get("prediction_errors") or (), family)
+    yield from _errors(status.get("cost_models") or (), family)
 
 
 def _file(file: dict[str, Any] | None, family: Family) -> Iterator[Metric]:
@@ -65,7 +52,7 @@ def _file(file: dict[str, Any] | None, family: Family) -> Iterator[Metric]:
 
 def _shares(status: dict[str, Any], family: Family, label: Callable[[str], str]) -> Iterator[Metric]:
     service: Counter[tuple[str, str]] = Counter()
-    for row in status.get("fairness") or ():
+    for row in status.get("services") or ():
         service[label(row["tenant"]), str(row["band"])] += row["service"]
     text = "What a tenant was served in a band: tokens in + 2 x tokens out, over its weight."
     yield family("gauge", "tandem_tenant_service", text, ("tenant", "band"), service.items())
@@ -82,11 +69,15 @@ def _shares(status: dict[str, Any], family: Family, label: Callable[[str], str])
     yield family("gauge", "tandem_tenant_bucket_level", text, ("tenant", "bucket"), levels)
 
 
-def _errors(errors: Any, family: Family) -> Iterator[Metric]:
+def _errors(models: Any, family: Family) -> Iterator[Metric]:
     labels = ("of", "served_model", "device", "role", "parallel")
-    rows = [((row["of"], row["model"], row["device"], row["role"], f"{row['tp']}x{row['pp']}"), row) for row in errors]
+    rows = [
+        ((of, row["model"], row["device"], row["role"], f"{row['tp']}x{row['pp']}"), error)
+        for row in models
+        for of, error in (row.get("errors") or {}).items()
+    ]
     for name, text, field in (
         ("tandem_prediction_error_ratio", "Mean absolute relative error of what the scheduler predicted, lately.", "mape"),
         ("tandem_prediction_ratio_p90", "9 of 10 times what came true was at most so many times what was predicted.", "p90"),
     ):
-        yield family("gauge", name, text, labels, [(key, row[field]) for key, row in rows if row[field] is not None])
+        yield family("gauge", name, text, labels, [(key, error[field]) for key, error in rows if error[field] is not None])

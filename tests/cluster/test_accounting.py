@@ -252,11 +252,11 @@ async def test_how_tenants_stand_and_how_wrong_predictions_were(staged: Staged) 
     await staged.admit("r")
     staged.now += 0.3
     staged.service._progress(object(), Progress("r", 1, 0.3), staged.now)  # type: ignore[arg-type]
-    found = about_tenants(staged.scheduler, staged.now)
-    assert {row["tenant"]: row["band"] for row in found["fairness"]} == {"acme": 0}
+    found = {**staged.scheduler.status(staged.now), **about_tenants(staged.scheduler, staged.now)}
+    assert {row["tenant"]: row["band"] for row in found["services"]} == {"acme": 0}
     assert found["tenants"]["acme"]["weight"] == 3.0
     assert found["tenants"]["globex"] == {"class": "slow", "weight": 1.0, "buckets": {}}
-    measured = {row["of"]: row for row in found["prediction_errors"] if row["count"]}
+    measured = {of: row for model in found["cost_models"] for of, row in model["errors"].items() if row["count"]}
     assert measured["ttft"]["p90"] > 0
     text = staged.text()
     assert value(text, "tandem_prediction_error_ratio", of="ttft", role="prefill") == pytest.approx(measured["ttft"]["mape"])

@@ -64,6 +64,8 @@ def test_each_model_has_deployments_of_its_own_and_sized_pools_have_bounds(monke
     assert (bounds.min_replicas, bounds.initial_replicas, bounds.max_replicas) == (2, 2, 4)
     assert (bounds.upscale_delay_s, bounds.downscale_delay_s) == (0, 0)
     assert app._overflow(config, 0).name == "Overflow-0"
+    assert bounds.policy.policy_function == app.POOL_POLICY, "where the application has no policy"
+    assert app._workers("decode", second, 1, True)._deployment_config.autoscaling_config.policy.is_default_policy_function()
     assert app.application(config, b"s" * 32)
 
 
@@ -83,5 +85,9 @@ def test_the_policy_keeps_pools_as_they_are_until_the_scheduler_says_otherwise(m
     monkeypatch.setattr(sizes.time, "monotonic", lambda: 100.0)
     asking.sizes, asking.answered_at = {"Decode": 3}, 99.0
     assert sizes.policy({decode: Context(), prefill: Context()})[0] == {decode: 3, prefill: 2}
+    one = Context()
+    one.deployment_id = prefill  # type: ignore[attr-defined]
+    asking.sizes = {"Decode": 3, "Prefill": 1}
+    assert sizes.pool_policy(one) == (1, {})
     asking.answered_at = 60.0
     assert sizes.policy({decode: Context()})[0] == {decode: 2}, "an answer that is too old says nothing"

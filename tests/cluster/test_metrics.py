@@ -406,6 +406,13 @@ def test_nothing_a_client_sends_becomes_a_label(scheduler: Scheduler) -> None:
         "outcome",
         "kind",
         "state",
+        "band",
+        "bucket",
+        "result",
+        "version",
+        "served_model",
+        "device",
+        "parallel",
     }
     assert {label for family in families(text).values() for s in family.samples for label in s.labels} <= allowed
 

@@ -201,7 +201,7 @@ def test_a_flood_takes_nothing_from_a_steady_tenant(made: Tenanted) -> None:
     assert (beside.refused, beside.failed, beside.ok) == (0, 0, beside.sent)
     assert flood.sent > 100
     assert beside.p50 < alone.p50 + 5.0
-    service = {row["tenant"]: row["service"] for row in made.send("server", "/dashboard/data")[1]["status"]["fairness"]}
+    service = {row["tenant"]: row["service"] for row in made.send("server", "/dashboard/data")[1]["status"]["services"]}
     assert service["flood"] > service["steady"]
 
 
