@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         assert module.__doc__ is not None
         command = commands.add_parser(
             name,
-            help=module.__doc__.splitlines()[0],
+            help=module.__doc__.splitlines()[0].replace("%", "%%"),
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

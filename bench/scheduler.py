@@ -1,8 +1,9 @@
-"""A scheduling decision, in CPU time of one core: submit, place and book one request, with many workers and a long queue; no cluster, no sockets.
+"""A scheduling decision, in CPU time of one core: submit, place and book, with many workers and a long queue; no cluster, no sockets.
 
-Half of the workers prefill. Every decode worker runs as many sequences as it may, and `--queued` requests of 50 tenants in two classes
-wait; then one sequence after the other ends, and each end lets one request in: `decide` is that one call of Scheduler.decisions,
-`submit` the call that puts another request into the queue behind it. Prompts of 24 hash blocks, half of them shared.
+Half of the workers prefill. Every decode worker runs as many sequences as it may, and `--queued` requests of 50 tenants in two
+classes wait; then one sequence after the other ends, and each end lets one request in: `decide` is that one call of
+Scheduler.decisions, `submit` the call that puts another request into the queue behind it. Prompts of 24 hash blocks, half of them
+shared.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def _scheduler(num_workers: int, num_queued: int, num_seqs: int) -> Scheduler:
     slow = SloClass(ttft_s=3600.0, tpot_s=1.0, band=1, when_late="queue")
     classes = {"interactive": SloClass(ttft_s=1800.0, tpot_s=0.5, band=0), "standard": slow}
     tenants = {f"t{i}": Tenant(slo_class="standard", weight=1.0 + i % 3) for i in range(NUM_TENANTS)}
-    config = SchedulerConfig(max_queue_requests=2 * num_queued, max_queue_tokens=10**12, max_queue_bytes=10**12, queue_timeout_s=3600)
+    config = SchedulerConfig(
+        max_queue_requests=2 * num_queued, max_queue_tokens=10**12, max_queue_bytes=10**12, queue_timeout_s=3600
+    )
     scheduler = Scheduler(config, tenants=Tenants(classes=classes, tenants=tenants), draw=lambda: 0.5)
     for i in range(num_workers):
         role = "prefill" if i % 2 else "decode"

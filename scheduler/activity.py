@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 RECENT_S = 30.0
 MAX_TENANTS = 1024
+SMALL_COMPANY = 8
 WEIGHED_S = 0.25  # how long a sum of weights holds
 
 
@@ -29,6 +30,10 @@ class Activity:
         while came and came[next(iter(came))] < now - RECENT_S:
             came.popitem(last=False)
         return len(came) > 1
+
+    def is_small_company(self, now: float) -> bool:
+        """Few enough are about that each one's share is a good part of the whole."""
+        return self.others(now) and len(self._came) <= SMALL_COMPANY
 
     def has_more(self, tenant: str, held: int, total: int, weight: Callable[[str], float], now: float) -> bool:
         """Whether it holds more than its share by weight among those who are about. held, total: KV blocks, its own and

@@ -39,7 +39,8 @@ class Appointment(NamedTuple):
     tenant: str
     tokens: float  # set aside in the tenant's buckets; 0: no bucket was short
     mark: Mark
-    takes_s: float = 0.0  # until the next one's time
+    slot: float = 0.0  # `at` before its jitter, which moves nobody else's
+    takes_s: float = 0.0  # until the next one's slot
 
 
 class Appointments:
@@ -68,7 +69,7 @@ class Appointments:
             return
         line = appointment.model, appointment.band
         # Those who stay away leave their times to others: told closer together, as many come as there is room for.
-        self._line_end[line] = max(self._line_end.get(line, 0.0), appointment.at + appointment.takes_s * self.show_rate)
+        self._line_end[line] = max(self._line_end.get(line, 0.0), appointment.slot + appointment.takes_s * self.show_rate)
         self._count += 1
         self._numbers[id(appointment)] = self._count
         heapq.heappush(self._ends, (appointment.until, self._count, appointment))

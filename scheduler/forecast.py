@@ -15,7 +15,7 @@ import numpy as np
 from scheduler.cost import TRUSTED_AFTER
 from scheduler.fairness import INPUT_PRICE, OUTPUT_PRICE, Fairness
 from scheduler.joint import View
-from scheduler.pace import Pace, predicted
+from scheduler.pace import Pace, pace_of, predicted
 from scheduler.price import Price
 from scheduler.queue import NOTHING, Queue, Waiting
 from scheduler.residuals import Residuals
@@ -144,7 +144,7 @@ def forecast(
     alone_tpot = min(c.decode_s(admit.num_choices, admit.num_choices * (admit.prompt_len + 1)) for c in rows.costs) * margin
     can_do = predicted(pool, terms.tpot_s)
     cost = work.prefill_s / can_do[0] + work.decode_s / can_do[1]
-    prefill_pace, decode_pace = pace.measured(now) or can_do
+    prefill_pace, decode_pace = pace_of(pace, can_do, now)
     is_short = not keeps or (decode_is_short and ahead.requests > 0)
     if is_short:
         speed = decode_pace

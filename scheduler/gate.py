@@ -35,6 +35,7 @@ from scheduler.table import Pool
 from scheduler.terms import Terms, promised, terms_of
 
 SHORT = 0.15  # of the promised TTFT: who would wait longer comes at a time when not everybody can be served
+SPARE = 1.15  # how much more than its work lies between two appointments: newcomers get something, too, and estimates err
 MAX_MODELS = 256  # whose pace is remembered
 
 
@@ -98,13 +99,15 @@ class Gate:
             )
             raise Refusal(error, "retry_budget")
         tokens = self._bucket_tokens(admit)
-        if kept is not None and kept.tokens:
-            # What it needs was set aside; what is set aside for those who come later must not stand in its way.
-            self.buckets.take(admit.tenant, tenants.tenant(admit.tenant), -kept.tokens, now, -1.0)
-        else:
+        spec = tenants.tenant(admit.tenant)
+        has_paid = kept is not None and kept.tokens > 0
+        if not has_paid:
             self._check_buckets(admit, tenants, terms, tokens, now)
         entered = self._keep_promise(admit, tenants, terms, kept is not None, now)
-        self.buckets.take(admit.tenant, tenants.tenant(admit.tenant), tokens, now)
+        if kept is not None and has_paid:  # it was set aside when it was told to come now
+            self.buckets.take(admit.tenant, spec, tokens - kept.tokens, now, 0.0)
+        else:
+            self.buckets.take(admit.tenant, spec, tokens, now)
         self.buckets.remember(admit.request_id, admit.tenant, tokens)
         self.retries.admitted(admit.is_retry, now)
         return entered
@@ -141,7 +144,8 @@ class Gate:
         mine = promised(admit, terms)
         if not has_workers(self._pools.get(admit.model)):
             return Entered(mine, terms, None, is_appointed=is_appointed)
-        seen = self.forecast(mine, tenants, terms, now)
+        # Before one that comes when told stand only those whose time was before its own.
+        seen = self.forecast(mine, tenants, terms, now, before=now if is_appointed else None)
         reason = self._missed(mine, terms, seen, is_appointed)
         is_short = seen.queue_s > SHORT * self._left(mine, terms)
         price = self.prices.setdefault(admit.model, Price())
@@ -270,13 +274,14 @@ class Gate:
     def _appoint(self, admit: Admit, terms: Terms, wait_s: float, work_s: float, pace: float, tokens: float, now: float) -> float:
         """Seconds until this client's own time. Jitter is upwards and no larger than what lies between two of them."""
         earliest = now + max(admission.MIN_RETRY_S, wait_s)
-        takes_s = work_s / pace if pace > 0 else 0.0
+        takes_s = SPARE * work_s / pace if pace > 0 else 0.0
         at = self.appointments.first_free(admit.model, terms.band, earliest) if takes_s else earliest
         after = min(admission.MAX_RETRY_S, at - now)
-        at = now + after + min(admission.JITTER * after, takes_s + 0.02 * after) * self._draw()
+        slot = now + after
+        at = slot + min(admission.JITTER * after, takes_s + 0.02 * after) * self._draw()
         until = at + GRACE_S + 0.25 * after
         mark = mark_of(admit)
-        self.appointments.make(Appointment(at, until, admit.model, terms.band, work_s, admit.tenant, tokens, mark, takes_s))
+        self.appointments.make(Appointment(at, until, admit.model, terms.band, work_s, admit.tenant, tokens, mark, slot, takes_s))
         return at - now
 
     def _lose(self, tenants: Tenants, now: float) -> None:

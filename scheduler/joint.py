@@ -239,6 +239,7 @@ class Joint:
         self.free_in_s = 0.0  # when the first prefill worker's queue will be short
         self.waits_for_decode = True  # what the last one that was blocked had no room in; else it waits for a prefill worker
         self.leaves_room = False  # the request's tenant has more than its share: room for some of others' stays free
+        self.keeps_short = False  # the same where few tenants are about: only the step under way stands before others' prompts
         self.has_others = False  # several tenants are about: what is given to a worker early stands before theirs
         self.view: View | None = None
         self._seen: tuple[Prefills | None, Decodes | None] = (None, None)
@@ -366,6 +367,8 @@ class Joint:
         can = np.isfinite(prefills.ttft_s)
         # What goes into its next step with others would only lose by waiting here.
         fits = rows.live[TOKENS] - rows.live[HEAD_TOKENS] + view.admit.prompt_len - prefills.cached <= rows.batch
+        if self.keeps_short:
+            fits &= waiting < 1
         free = ((prefills.queue_s <= lookahead_s) | (waiting < 1) | fits) & can
         if free.any():
             return False

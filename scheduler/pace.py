@@ -16,6 +16,8 @@ from scheduler.table import DECODE_DRIFT, TAKES, Pool
 WINDOW_S = 20.0
 ENOUGH = 12  # placements, before what was measured counts
 MIN_SPAN_S = 0.5
+MAX_GAP_S = 2.0  # between two placements: whoever waited then did not wait for the pace
+LEAST, MOST = 0.6, 1.3  # of what pools can do: what was measured is believed so far
 
 
 class Pace:
@@ -28,9 +30,10 @@ class Pace:
 
     def placed(self, prefill_s: float, decode_s: float, now: float, was_backlog: bool) -> None:
         """was_backlog: something waited behind it, so that this is as fast as it goes."""
-        if not was_backlog:
+        if not was_backlog or (self._placed and now - self._placed[-1][0] > MAX_GAP_S):
             self._placed.clear()
             self._prefill_s = self._decode_s = 0.0
+        if not was_backlog:
             return
         if len(self._placed) == self._placed.maxlen:
             self._forget()
@@ -53,6 +56,15 @@ class Pace:
         if span < MIN_SPAN_S:
             return None
         return max(1e-9, self._prefill_s) / span, max(1e-9, self._decode_s) / span
+
+
+def pace_of(pace: Pace, can_do: tuple[float, float], now: float) -> tuple[float, float]:
+    """What was measured, as far as it can be. Else few placements, because few were let in, would let in fewer."""
+    measured = pace.measured(now)
+    if measured is None:
+        return can_do
+    prefill, decode = (max(LEAST * can, min(MOST * can, got)) for got, can in zip(measured, can_do, strict=True))
+    return prefill, decode
 
 
 def predicted(pool: Pool, tpot_s: float) -> tuple[float, float]:

@@ -139,8 +139,12 @@ class Placing:
     def _tell_tenant(self, item: Item, now: float) -> None:
         """What the default placer has to know of its tenant: whether it has more than its share while others are about."""
         self._scheduler.joint.has_others = not self.shares_with_nobody(item.admit, now)
+        activity = self._active.get(item.admit.model)
         self._scheduler.joint.leaves_room = (
             self._scheduler.joint.has_others and not item.admit.resumption and self.has_more(item.admit, now)
+        )
+        self._scheduler.joint.keeps_short = (
+            self._scheduler.joint.leaves_room and activity is not None and activity.is_small_company(now)
         )
 
     def shares_with_nobody(self, admit: Admit, now: float) -> bool:

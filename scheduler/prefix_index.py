@@ -70,7 +70,8 @@ class PrefixIndex:
         assert max_hashes >= 1, "an index holds something"
         self.max_hashes = max_hashes
         self._holders: OrderedDict[bytes, int] = OrderedDict()  # hash -> bits of the workers that hold it
-        self._owned: dict[str, OrderedDict[bytes, None]] = {}  # of tenants with less than the whole: theirs, oldest first
+        # Of tenants that may not have the whole: theirs, least recently used first.
+        self._owned: dict[str, OrderedDict[bytes, None]] = {}
         self._bit_of: dict[str, int] = {}
         self._free_bits: list[int] = []
         self._num_bits = 0
@@ -81,7 +82,7 @@ class PrefixIndex:
         return len(self._holders)
 
     def insert(self, worker: str, hashes: Sequence[bytes], tenant: str = "", share: float = 1.0) -> None:
-        """`worker` holds, or soon will, the prefix that ends with each of `hashes`. share: of the whole index that this tenant's may
+        """`worker` holds, or soon will, the prefix that ends with each of `hashes`. share: of the whole index that this tenant may
         fill (hashes are salted by tenant, so each belongs to one); its own least recently used ones go when it has more."""
         if not hashes:
             return

@@ -32,7 +32,7 @@ class Probes:
         self._patience_s = patience_s
         self._line: deque[Refused] = deque(maxlen=MAX_LINE)
         self._seen: set[int] = set()
-        self._spare = 0.0
+        self._spare = self._owed = 0.0
         self._looked_at = 0.0
         self._fresh = 0
 
@@ -49,10 +49,12 @@ class Probes:
         fresh, self._fresh = simulation.fresh_tokens - self._fresh, simulation.fresh_tokens
         self._looked_at = now
         self._spare += self._capacity * elapsed - fresh
-        self._spare = max(self._spare, -self._capacity * self._patience_s)
+        # Below: what the last of the line still owes, and what newcomers may be ahead for a moment.
+        self._spare = max(self._spare, -self._owed - self._capacity * self._patience_s)
         while self._line and self._spare > 0:
             first = self._line.popleft()
             self._spare -= first.tokens
+            self._owed = float(first.tokens)
             self.waits.append((first.wait_s, max(EVERY_S, now - first.at)))
         self._spare = min(self._spare, self._capacity * EVERY_S)  # what nobody uses is gone
 

@@ -53,6 +53,7 @@ class Play:
         self.placed: list[Ticket] = []
         self.on_refused: Callable[[Admit, Any], None] = lambda *_: None
         self.on_step: Callable[[], None] = lambda: None
+        self._steps: dict[str, tuple[int, float, int]] = {}
         self._free_at: dict[str, float] = {}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
@@ -76,10 +77,22 @@ class Play:
     def _beat(self) -> None:
         for worker in list(self.scheduler.workers.values()):
             running = tuple((r, e.epoch) for r, e in (*worker.entries.items(), *worker.prefills.items()))
+            free = worker.info.num_blocks - sum(e.num_blocks_now for e in worker.entries.values())
             self.scheduler.heartbeat(
-                WorkerBeat(worker.incarnation, "ready", WorkerStats(num_free_blocks=worker.info.num_blocks)), self.now
-            ) if not running else setattr(worker, "last_beat_at", self.now)
+                WorkerBeat(worker.incarnation, "ready", self._stats(worker.incarnation, free), running), self.now
+            )
         self.at(self.now + 0.5, self._beat)
+
+    def _stats(self, incarnation: str, num_free_blocks: int) -> WorkerStats:
+        """As many steps as fit between two beats, of those who decode now."""
+        steps, step_s, tokens = self._steps.get(incarnation, (0, 0.0, 0))
+        decoding = self.running.get(incarnation, 0)
+        if decoding:
+            took = DECODE[0] + DECODE[1] * decoding
+            count = int(0.5 / took)
+            steps, step_s, tokens = steps + count, step_s + count * took, tokens + count * decoding
+            self._steps[incarnation] = steps, step_s, tokens
+        return WorkerStats(num_free_blocks=num_free_blocks, num_steps=steps, step_s=step_s, generation_tokens=tokens)
 
     def submit(self, admit: Admit, output: int) -> bool:
         """Whether it was let in."""

@@ -72,7 +72,13 @@ def test_the_walk_gives_every_item_once_whatever_is_taken_out_meanwhile(data: st
     order = make_order(policy, fairness)()
     size = data.draw(st.integers(0, 12))
     items = [
-        item(f"r{i}", i, band=data.draw(st.integers(0, 2)), tenant=data.draw(st.sampled_from("abc")), resumption=data.draw(st.booleans()))
+        item(
+            f"r{i}",
+            i,
+            band=data.draw(st.integers(0, 2)),
+            tenant=data.draw(st.sampled_from("abc")),
+            resumption=data.draw(st.booleans()),
+        )
         for i in range(size)
     ]
     for one in items:
