@@ -404,6 +404,7 @@ class DecodeWorker:
             spent=job.take_spent(self._clock),
         )
         if finished:
+            job.ended.add(sequence.choice)
             self._after_step.append(lambda: self._retire(sequence))
         return update
 
