@@ -16,6 +16,7 @@ from protocol.errors import DeadlineExceeded, InvalidRequest, NotFound, TandemEr
 from protocol.messages import AskStatus, Cancel, Ok, Reserve, Status, Withdraw, encode
 from protocol.request import Request, SamplingParams
 from protocol.ticket import Ticket, WorkerRef
+from tests.faultproxy import FaultProxy
 
 SECRET = b"s" * 32
 
@@ -161,7 +162,7 @@ async def test_a_stranger_that_cannot_prove_the_secret_gets_nothing(garbage):
 async def test_garbage_behind_the_handshake_closes_that_connection_only():
     async with pair() as (_, client, here, there):
         peer = await here.connect(there.address)
-        peer._writer.write(struct.pack("!IBQ", 5, 0, 0) + b"\xc1abcd")
+        peer._write(0, 0, b"\xc1abcd")
         await until(lambda: peer.is_closed)
         again = await here.connect(there.address)
         assert await again.call(AskStatus(), 2.0) == Status(b"{}")
@@ -185,6 +186,30 @@ async def test_a_request_outside_of_our_bounds_is_refused_and_the_connection_liv
         peer.send(Cancel("next"))
         assert await peer.call(AskStatus(), 2.0) == Status(b"{}")
         assert server.seen == ["next"]
+
+
+@pytest.mark.parametrize(("is_to_server", "place"), [(True, 3), (True, 4), (True, 20), (True, -1), (False, 8), (False, -1)])
+async def test_a_bit_that_flips_on_the_way_is_nobodys_token(is_to_server, place):
+    """In any part of a frame, and in either direction: the connection ends, and whoever waits for an answer hears so."""
+    is_spoiling = False
+
+    def edit(connection, is_to_target, offset, data):
+        if not is_spoiling or is_to_target != is_to_server:
+            return data
+        spoiled = bytearray(data)
+        spoiled[place] ^= 1
+        return bytes(spoiled)
+
+    async with pair() as (server, _, here, there):
+        proxy = FaultProxy(there.address, edit)
+        peer = await here.connect(proxy.address)
+        assert await peer.call(AskStatus(), 2.0) == Status(b"{}")
+        is_spoiling = True
+        peer.send(Cancel("echo"))
+        with pytest.raises(WorkerLost):
+            await peer.call(AskStatus(), 4.0)
+        assert server.seen in ([], ["echo"])
+        proxy.close()
 
 
 async def test_a_frame_above_the_cap_is_not_read():

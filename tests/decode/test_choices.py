@@ -10,7 +10,7 @@ from tests.system.local import cluster, request
 
 
 async def test_a_choice_that_ended_is_not_begun_again_with_its_sibling():
-    """Of two resumed choices the shorter one comes back from preemption first, and ends before the other has computed its prompt."""
+    """Of two resumed choices the shorter comes back from preemption first, and ends before the prompt of the other is computed."""
     async with cluster(decode__max_num_batched_tokens=16, decode__max_num_seqs=8, prefill__replicas=0) as made:
         (decode,) = made.workers
         for loop in made._loops:
