@@ -517,6 +517,10 @@ def test_every_key_is_read_somewhere():
                     read.add((ast.unparse(node.value).rsplit(".", 1)[-1].lstrip("_"), node.attr))
     if ("config", "parallel") in read:  # what configs/ itself makes of tp and pp
         read |= {(role, name) for role in ("prefill", "decode") for name in ("tp", "pp")}
+    for attribute, keys in (("fewest", ["min_replicas"]), ("most", ["max_replicas"])):  # likewise, of a pool of either role
+        if ("pool", attribute) in read:
+            read |= {(role, name) for role in ("prefill", "decode") for name in keys}
+    read |= {(role, name) for holder, name in read if holder == "pool(role)" for role in ("prefill", "decode")}
     ignored = [
         key
         for key in KEYS
