@@ -302,7 +302,7 @@ class Gateway:
         """An attempt failed: give back what it held, and let the loop try again, or raise when trying again is no use."""
         if walk.phase is Phase.QUEUED:  # the scheduler's own answer, and it is final
             raise error
-        self._cancel(walk)
+        self._cancel(walk, is_tainted=isinstance(error, InternalError))
         if self._seconds_left(walk) <= 0:
             raise self._out_of_time() from error
         walk.blame(error)
@@ -335,12 +335,12 @@ class Gateway:
             observe(request, outcome)
         task.add_done_callback(lambda _: self._leaving.pop(request.request_id, None))
 
-    def _cancel(self, walk: Walk, choice: int | None = None) -> None:
+    def _cancel(self, walk: Walk, choice: int | None = None, is_tainted: bool = False) -> None:
         if walk.attempt_is_none:
             return
         for peer in (walk.attempt.prefill, walk.attempt.decode):
             if peer is not None and not peer.is_closed:
-                peer.send(Cancel(walk.request.request_id, walk.epoch, choice))
+                peer.send(Cancel(walk.request.request_id, walk.epoch, choice, is_tainted))
 
     # ---- what arrives --------------------------------------------------------------------------------------------
 

@@ -321,6 +321,11 @@ class Handover:
                 task = self._later(self._keep(grant_id, effect, claims, *part))
                 self._keeping[claims.grant.request_id] = task
 
+    def distrust(self, request_id: str) -> None:
+        """Its writer computed rubbish: what it claims to have written is given back like what nobody claimed."""
+        for grant_id in [name for name, claims in self._claims.items() if claims.grant.request_id == request_id]:
+            del self._claims[grant_id]
+
     # ---- keeping what a lost writer has left --------------------------------------------------------------------------
 
     async def _keep(self, grant_id: str, effect: Effect, claims: Claims, part: Grant, manifest: Manifest) -> None:

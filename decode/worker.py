@@ -25,6 +25,7 @@ from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
+from engine.prefix import forget_prefix
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
 from engine.step import Extras
@@ -217,6 +218,9 @@ class DecodeWorker:
                     self._cancelled.popitem(last=False)
             return
         if message.choice is None:
+            if message.is_tainted:
+                self.handover.distrust(message.request_id)
+                self.pool.forget(job.block_hashes)
             self._drop(job)
             return
         job.ended.add(message.choice)
@@ -386,6 +390,7 @@ class DecodeWorker:
             for sequence in chunk.samples:
                 sample = samples[id(sequence)]
                 if sample.error is not None:
+                    forget_prefix(self.pool, sequence, self.settings.layout)
                     self._after_step.append(lambda job=job, e=sample.error: self._fail(job, "decode", InternalError(e)))
                     continue
                 update = self._advance(job, sequence, sample)

@@ -48,6 +48,10 @@ class Tier(Protocol):
         """Fill a block with what has this hash. False: it is not there (any more), and the block holds rubbish."""
         ...
 
+    def forget(self, block_hash: bytes) -> None:
+        """It is not there any more, if it was."""
+        ...
+
     def clear(self) -> None: ...
 
     def numbers(self) -> dict[str, int]:
@@ -173,6 +177,24 @@ class BlockPool:
     def cached_hashes(self) -> list[bytes]:
         """Everything match() can find, for an index that has lost its place in the events."""
         return list(self._block_of)
+
+    def forget(self, hashes: Iterable[bytes]) -> None:
+        """What stands under these hashes is not to be trusted: nobody finds it any more, here or in the tier. Who holds a
+        reference keeps it."""
+        for block_hash in hashes:
+            if self.tier is not None:
+                self.tier.forget(block_hash)
+            block = self._block_of.pop(block_hash, None)
+            if block is None:
+                continue
+            del self._hash_of[block]
+            if block_hash in self._added:
+                del self._added[block_hash]
+            else:
+                self._evicted[block_hash] = None
+            if block in self._evictable:
+                del self._evictable[block]
+                self._clear(block)
 
     def drop_cache(self) -> int:
         """Forget every cached block that nobody references, and all that the tier keeps. Returns how many of the first."""

@@ -19,7 +19,7 @@ import msgspec
 
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
-from engine.prefix import attach_prefix, seal_full_blocks
+from engine.prefix import attach_prefix, forget_prefix, seal_full_blocks
 from engine.runner import ModelRunner, StepResult
 from engine.sampler import Sample
 from engine.step import Extras
@@ -409,6 +409,7 @@ class PrefillWorker:
         self._active.remove(job)
         bad = next((samples[id(s)].error for s in chunk.samples if samples[id(s)].error is not None), None)
         if bad is not None:
+            forget_prefix(self.pool, job.sequence, self.settings.layout)
             self._give_up(job, InternalError(bad))
         else:
             self._first_tokens(job, [(s, samples[id(s)]) for s in chunk.samples])

@@ -269,3 +269,15 @@ def test_random_traffic_with_real_hits() -> None:
             store.push_out()
     assert store.tier.stats.restored > 200
     assert store.tier.stats.digest_failures == 0
+
+
+def test_what_is_forgotten_does_not_come_back_from_the_tier() -> None:
+    store = Store(6, 8)
+    store.pool.release(store.compute(names(4)))
+    store.push_out()
+    store.pool.forget([names(4)[1], b"never there"])
+    blocks = store.pool.match(names(4))
+    assert len(blocks) == 1
+    store.pool.release(blocks)
+    store.tier.check_integrity()
+    store.pool.check_integrity()
