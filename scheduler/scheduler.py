@@ -186,7 +186,10 @@ class Scheduler:
         self.placing.room.update(self.pools)
 
     def _read_classes(self) -> None:
-        self.joint.tightest_tpot_s = min(one.tpot_s for one in self.tenants.classes.values())
+        classes = self.tenants.classes.values()
+        self.joint.tightest_tpot_s = min(one.tpot_s for one in classes)
+        bands = {one.band for one in classes}
+        self.placing.lowest_band = max(bands) if len(bands) > 1 else None
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """Why this request got what it got, ready for JSON; None for one that is not remembered."""
