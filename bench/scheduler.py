@@ -1,4 +1,4 @@
-"""A scheduling decision, in CPU time of one core: submit, place and book, with many workers and a long queue; no cluster, no sockets.
+"""A scheduling decision, in CPU time of one core: many workers, a long queue, no cluster and no sockets.
 
 Half of the workers prefill. Every decode worker runs as many sequences as it may, and `--queued` requests of 50 tenants in two
 classes wait; then one sequence after the other ends, and each end lets one request in: `decide` is that one call of

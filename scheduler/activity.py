@@ -35,11 +35,8 @@ class Activity:
         """Few enough are about that each one's share is a good part of the whole."""
         return self.others(now) and len(self._came) <= SMALL_COMPANY
 
-    def has_more(self, tenant: str, held: int, total: int, weight: Callable[[str], float], now: float) -> bool:
-        """Whether it holds more than its share by weight among those who are about. held, total: KV blocks, its own and
-        everybody's."""
-        if not self.others(now):
-            return False
+    def share(self, tenant: str, weight: Callable[[str], float], now: float) -> float:
+        """Its weight among those who are about."""
         if now - self._weights[0] >= WEIGHED_S:
             self._weights = now, sum(weight(name) for name in self._came)
-        return held > total * weight(tenant) / max(self._weights[1], 1e-9)
+        return weight(tenant) / max(self._weights[1], 1e-9)

@@ -14,13 +14,13 @@ import numpy as np
 
 from scheduler.cost import TRUSTED_AFTER
 from scheduler.fairness import INPUT_PRICE, OUTPUT_PRICE, Fairness
-from scheduler.joint import View
 from scheduler.pace import Pace, pace_of, predicted
 from scheduler.price import Price
 from scheduler.queue import NOTHING, Queue, Waiting
 from scheduler.residuals import Residuals
 from scheduler.table import Pool
 from scheduler.terms import Terms
+from scheduler.view import View
 
 QUANTILE = 0.9
 MAX_COMPARED = 512  # tenants whose shares are weighed one by one

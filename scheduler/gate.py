@@ -25,7 +25,6 @@ from scheduler.buckets import Buckets, RetryBudget
 from scheduler.cost import CostBook
 from scheduler.fairness import Fairness
 from scheduler.forecast import Forecast, forecast, has_workers, work_ahead, work_of
-from scheduler.joint import View
 from scheduler.pace import Pace
 from scheduler.placement import Rules
 from scheduler.price import Price
@@ -33,6 +32,7 @@ from scheduler.queue import Item, Queue
 from scheduler.residuals import Residuals
 from scheduler.table import Pool
 from scheduler.terms import Terms, promised, terms_of
+from scheduler.view import View
 
 SHORT = 0.15  # of the promised TTFT: who would wait longer comes at a time when not everybody can be served
 SPARE = 1.15  # how much more than its work lies between two appointments: newcomers get something, too, and estimates err
@@ -62,10 +62,12 @@ class Gate:
         retry_budget: float,
         draw: Callable[[], float],
         has_more: Callable[[Admit, float], bool],
+        has_less: Callable[[Admit, float], bool],
     ) -> None:
         """fairness None: the order is not by tenants' shares. find: what the prefix index holds of a prompt. has_more: whether a
-        request's tenant has more than its share, or nobody to share with."""
-        self._may_be_priced_out = has_more
+        request's tenant has more than its share, or nobody to share with; has_less: whether it has well less."""
+        self._has_more = has_more
+        self._has_less = has_less
         self._queue = queue
         self._pools = pools
         self._costs = costs
@@ -147,11 +149,13 @@ class Gate:
         # Before one that comes when told stand only those whose time was before its own.
         seen = self.forecast(mine, tenants, terms, now, before=now if is_appointed else None)
         reason = self._missed(mine, terms, seen, is_appointed)
+        if reason == "slo_ttft" and seen.alone_s <= self._left(mine, terms) and self._is_next(admit, terms, now):
+            reason = ""  # others' backlog is no reason to refuse it
         is_short = seen.queue_s > SHORT * self._left(mine, terms)
         price = self.prices.setdefault(admit.model, Price())
         price.asked(seen.cost, is_short)
         if not reason and is_short and not is_appointed and seen.is_trusted and terms.refuses_late:
-            reason = "slo_ttft" if price.is_too_much(seen.cost) and self._may_be_priced_out(admit, now) else ""
+            reason = "slo_ttft" if price.is_too_much(seen.cost) and self._has_more(admit, now) else ""
         if not reason:
             return Entered(mine, terms, seen, is_appointed=is_appointed)
         victim = self._queue.costliest(admit.model, terms.band, admit.tenant) if reason == "slo_ttft" else None
@@ -161,6 +165,11 @@ class Gate:
         if degraded is not None:
             return degraded._replace(is_appointed=is_appointed)
         raise self.late(mine, terms, seen, reason, now)
+
+    def _is_next(self, admit: Admit, terms: Terms, now: float) -> bool:
+        """Whether its tenant has well less than its share, and nothing waiting: then it is served before all others."""
+        waiting = self._queue.waiting.get((admit.model, terms.band), {})
+        return admit.tenant not in waiting and self._has_less(admit, now)
 
     def would_admit(self, admit: Admit, tenants: Tenants, now: float, before: float | None = None) -> bool:
         """Whether its promise would be kept if it came now; changes nothing. before: appointments made for later do not count."""

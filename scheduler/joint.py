@@ -17,210 +17,37 @@ queue, where order and choice can still change. docs/decision.md has the formula
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from protocol.messages import Admit
-from scheduler.cost import TRUSTED_AFTER, CostModel, OutputLength
+from scheduler.cost import TRUSTED_AFTER, OutputLength
 from scheduler.explain import Candidate
 from scheduler.ledger import WorkerState
 from scheduler.placement import Blocked, Placement, Refused, Rules
-from scheduler.prefix_index import Matches
 from scheduler.table import (
     AT_END,
     BACKLOG_S,
     COMING,
-    COMING_CONTEXT,
     CONTEXT,
-    DECODE_DRIFT,
     DECODING,
-    FREE,
-    HEAD_S,
-    HEAD_SINCE,
     HEAD_TOKENS,
     NUM_PREFILLS,
-    PREFILL_DRIFT,
     TAKES,
     TOKENS,
-    TPOT_LIMIT,
     Bools,
     Floats,
     Pool,
     Rows,
 )
+from scheduler.view import Decodes, Prefills, View
 
 EQUAL = 0.01  # relative: predictions that differ by less are equals, between which price decides
 LOOKAHEAD_SHARE = 0.1  # of the promised TTFT: how much work a prefill worker may have before it
 MIN_LOOKAHEAD_S, MAX_LOOKAHEAD_S = 0.02, 0.5
 MAX_PRESSURE = 4.0
-ROOM_FOR = 2.0  # requests like its own that a tenant with more than its share leaves room for on each decode worker
-UNTRIED = 1.5  # how much slower than a prefill worker a decode worker is taken to prefill before it has shown it
 NUM_CANDIDATES = 4  # of each role that an explanation shows
-
-_prefill_theta: Callable[[CostModel], list[float]] = lambda cost: cost.prefill.theta  # noqa: E731
-_decode_theta: Callable[[CostModel], list[float]] = lambda cost: cost.decode.theta  # noqa: E731
-_transfer_theta: Callable[[CostModel], list[float]] = lambda cost: cost.transfer.theta  # noqa: E731
-
-
-class Prefills(NamedTuple):
-    """Predictions for every row of a role; seconds, infinite for those that cannot have it."""
-
-    queue_s: Floats
-    work_s: Floats
-    ttft_s: Floats
-    cached: Floats
-
-
-class Decodes(NamedTuple):
-    tpot_s: Floats
-    has_room: Bools
-    keeps: Bools  # every promise there, its own included
-
-
-class View:
-    """One request looked at against one pool: what `Joint.place` and admission share. All lengths in tokens, times in seconds."""
-
-    def __init__(
-        self, admit: Admit, pool: Pool, output: OutputLength, matches: Mapping[str, int], rules: Rules, now: float
-    ) -> None:
-        pool.refresh()
-        self.admit = admit
-        self.pool = pool
-        self.rules = rules
-        self.now = now
-        own = output.of_tenant(admit.tenant)
-        self.expected = own.expected(admit.max_tokens)
-        self.mean = max(1.0, output.mean)
-        self.matches = matches
-        self.is_blind = not matches
-        self.leaves_room = False
-        self.has_seats = True
-
-    def cached(self, rows: Rows) -> Any:
-        """Tokens of the prompt that each of these holds; 0 if nobody holds any."""
-        if self.is_blind or not len(rows):
-            return 0.0
-        if isinstance(self.matches, Matches):
-            lengths = self.matches.column(rows.bits)
-        else:
-            lengths = np.array([self.matches.get(w.incarnation, 0) for w in rows.workers], dtype=np.float64)
-        found: Floats = np.minimum(lengths * self.rules.hash_block_len, self.admit.prompt_len - 1)
-        return found
-
-    def usable(self, rows: Rows) -> Bools:
-        takes: Bools = rows.live[TAKES] > 0
-        for incarnation in self.admit.excluded:
-            at = rows.at.get(incarnation)
-            if at is not None:
-                takes[at] = False
-        return takes
-
-    def prefills(self, rows: Rows, usable: Bools) -> Prefills:
-        live, admit = rows.live, self.admit
-        n = float(admit.prompt_len)
-        c = self.cached(rows)
-        a, b, square = rows.theta(_prefill_theta)
-        done = np.minimum(live[HEAD_S], np.maximum(0.0, self.now - live[HEAD_SINCE]))
-        # Prompts that go into one step together pay its constant once.
-        together = live[NUM_PREFILLS] - np.maximum(1.0, live[TOKENS] / np.maximum(1.0, rows.batch))
-        saved = np.where(rows.batch > 0, np.maximum(0.0, together), 0.0) * a * live[PREFILL_DRIFT]
-        queue = np.maximum(0.0, live[BACKLOG_S] - done - saved)
-        work = (a + b * (n - c) / 1e3 + square * (n * n - c * c) / 1e6) * live[PREFILL_DRIFT]
-        blocks = rows.num_blocks_for(n)
-        ttft = queue + work + self.transfer_s(rows)
-        ttft = np.where(usable & (blocks <= rows.num_blocks), ttft, math.inf)
-        return Prefills(queue, work, ttft, c if isinstance(c, np.ndarray) else np.zeros(len(rows)))
-
-    def transfer_s(self, rows: Rows) -> Floats:
-        """What of the KV's way is left when the prefill is over; its layers travel while the next ones compute."""
-        a, b = rows.theta(_transfer_theta)
-        left: Floats = a + b * rows.num_blocks_for(float(self.admit.prompt_len)) * rows.block_nbytes / 1e9
-        return left
-
-    def local(self, rows: Rows, usable: Bools) -> Prefills:
-        """The same for decode workers that prefill by themselves: in chunks between others' tokens."""
-        live, admit = rows.live, self.admit
-        n = float(admit.prompt_len)
-        c = self.cached(rows)
-        a, b, square = rows.theta(self._local_theta)
-        done = np.minimum(live[HEAD_S], np.maximum(0.0, self.now - live[HEAD_SINCE]))
-        queue = np.maximum(0.0, live[BACKLOG_S] - done)
-        work = (a + b * (n - c) / 1e3 + square * (n * n - c * c) / 1e6) * live[PREFILL_DRIFT]
-        ttft = np.where(usable & (rows.can_prefill | rows.is_overflow), queue + work + self._steps_between(rows, n - c), math.inf)
-        return Prefills(queue, work, ttft, c if isinstance(c, np.ndarray) else np.zeros(len(rows)))
-
-    def _local_theta(self, cost: CostModel) -> list[float]:
-        """A decode worker that has hardly prefilled yet is taken for a somewhat slower prefill worker, where those are known."""
-        pool = self.pool.prefill.costs
-        if cost.prefill.num_observations >= TRUSTED_AFTER or not pool or pool[0].prefill.num_observations < TRUSTED_AFTER:
-            return cost.prefill.theta
-        return [max(UNTRIED * theirs, own) for theirs, own in zip(pool[0].prefill.theta, cost.prefill.theta, strict=True)]
-
-    def _steps_between(self, rows: Rows, num_tokens: Any) -> Floats:
-        """Seconds that the tokens of those who decode there take out of a prompt's prefill."""
-        live = rows.live
-        decoding = live[DECODING]
-        step = self._step(rows, decoding, live[CONTEXT])
-        chunks = np.ceil(num_tokens / np.maximum(1.0, rows.chunk - decoding))
-        return np.where(decoding > 0, step * chunks, 0.0)
-
-    @staticmethod
-    def _step(rows: Rows, num_seqs: Any, context: Any) -> Floats:
-        a, b, c = rows.theta(_decode_theta)
-        found: Floats = (a + b * context / 1e3 + c * num_seqs) * rows.live[DECODE_DRIFT]
-        return found
-
-    def decodes(self, rows: Rows, usable: Bools, until_first: Any, extra_s: Any = 0.0) -> Decodes:
-        """until_first: seconds until its prefill ends; extra_s: of prefill that the decode worker would do for it."""
-        live, admit = rows.live, self.admit
-        choices, prompt_len = admit.num_choices, float(admit.prompt_len)
-        decoding, coming, context = live[DECODING], live[COMING], live[CONTEXT]
-        there = decoding + coming
-        is_empty = there == 0
-        step = self._step(rows, decoding, context)
-        # Of those that decode now, some will have ended. Lengths are memoryless here: nobody knows when one stops.
-        survivors = decoding * np.exp(-until_first / (step * self.mean))
-        num_seqs = survivors + coming + choices
-        coming_context = live[COMING_CONTEXT]
-        left = (context - coming_context) * (survivors / np.maximum(1.0, decoding)) + coming_context
-        mine = choices * (prompt_len + self.expected / 2)
-        # What it prefills by itself, spread over the tokens that each of those who decode there has before them.
-        stalls = (live[BACKLOG_S] + extra_s) / self.mean
-        tpot = self._step(rows, num_seqs, left + mine) + stalls
-        blocks = rows.num_blocks_for(prompt_len)
-        begin = blocks + choices - (prompt_len % rows.one_block_size != 0)
-        if admit.resumption and admit.local_prefill:
-            # Choices that differ come back one after the other, so alone it needs no more than the first of them does.
-            begin = np.where(is_empty, np.minimum(begin, blocks), begin)
-        seats = usable & (is_empty | (num_seqs <= rows.max_seqs))
-        self.has_seats = bool(seats.any())
-        if not self.has_seats:
-            return Decodes(tpot, seats, seats)
-        at_end = live[AT_END] + (blocks + choices * np.ceil(math.ceil(self.expected) / rows.one_block_size))
-        # A worker keeps a block free for every other running sequence's next token; so must this prediction.
-        room = seats & (live[FREE] >= begin + there // 2) & (is_empty | (at_end <= rows.num_blocks))
-        later = tpot
-        if self.leaves_room:
-            later = self._step(rows, num_seqs + ROOM_FOR * choices, left + (1 + ROOM_FOR) * mine) + stalls
-        return Decodes(tpot, room, self._keeps(rows, later, mine, is_empty, choices) & room)
-
-    def limit(self) -> float:
-        return self.admit.tpot_slo_s or self.rules.tpot_target_s
-
-    def _keeps(self, rows: Rows, tpot: Floats, mine: float, is_empty: Bools, choices: int) -> Bools:
-        margin = self.margin(rows)
-        limit = self.limit()
-        # What it could not keep even alone is lost already, and holds nobody back.
-        alone = self._step(rows, choices, mine)
-        own = np.where(alone * margin <= limit, limit, math.inf)
-        kept: Bools = is_empty | (tpot * margin <= np.minimum(own, rows.live[TPOT_LIMIT]))
-        return kept
-
-    def margin(self, rows: Rows) -> float:
-        """By how much a step time is to be overestimated, so that the promised share of requests keeps its promise."""
-        return max(cost.tpot_margin.factor for cost in rows.costs)
 
 
 class Joint:
@@ -368,7 +195,7 @@ class Joint:
         # What goes into its next step with others would only lose by waiting here.
         fits = rows.live[TOKENS] - rows.live[HEAD_TOKENS] + view.admit.prompt_len - prefills.cached <= rows.batch
         if self.keeps_short:
-            fits &= waiting < 1
+            fits, lookahead_s = waiting < 1, 0.0
         free = ((prefills.queue_s <= lookahead_s) | (waiting < 1) | fits) & can
         if free.any():
             return False
@@ -410,7 +237,7 @@ class Joint:
             return None
         local = local or view.local(rows, usable)
         # Work there / (work there + what a request's life lasts) is the share of its steps that prompts take.
-        life = view.mean * view._step(rows, rows.live[DECODING], rows.live[CONTEXT])
+        life = view.mean * view.step_s(rows, rows.live[DECODING], rows.live[CONTEXT])
         work = rows.live[BACKLOG_S] + local.work_s
         in_time = usable & (local.ttft_s <= left) & (work <= self._max_deflected_share * (work + life))
         if not in_time.any():

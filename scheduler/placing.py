@@ -55,6 +55,7 @@ class Placing:
         self.joined: set[str] = set()  # models that something new waits for
         self._blocked: dict[str, tuple[str, bool]] = {}  # by model: the first in line, whether it waits for decode room
         self._active: dict[str, Activity] = {}  # by model
+        self.lowest_band: int | None = None  # None: there is but one
 
     @property
     def has_news(self) -> bool:
@@ -138,6 +139,7 @@ class Placing:
 
     def _tell_tenant(self, item: Item, now: float) -> None:
         """What the default placer has to know of its tenant: whether it has more than its share while others are about."""
+        self._scheduler.joint.prefers_spot = item.band == self.lowest_band
         self._scheduler.joint.has_others = not self.shares_with_nobody(item.admit, now)
         activity = self._active.get(item.admit.model)
         self._scheduler.joint.leaves_room = (
@@ -153,11 +155,21 @@ class Placing:
 
     def has_more(self, admit: Admit, now: float) -> bool:
         """Whether its tenant holds more of the model's KV blocks than its share among those who are about."""
-        activity, model = self._active.get(admit.model), admit.model
-        if activity is None:
-            return False
-        held, total = self._scheduler.ledger.held.get((model, admit.tenant), 0), self._scheduler.ledger.total_held.get(model, 0)
-        return activity.has_more(admit.tenant, held, total, lambda name: self._scheduler.tenants.tenant(name).weight, now)
+        shares = self._shares(admit, now)
+        return shares is not None and shares[0] > shares[1]
+
+    def has_less(self, admit: Admit, part: float, now: float) -> bool:
+        """Whether it holds less than this part of its share."""
+        shares = self._shares(admit, now)
+        return shares is not None and shares[0] < part * shares[1]
+
+    def _shares(self, admit: Admit, now: float) -> tuple[float, float] | None:
+        """KV blocks that its tenant holds, and its share of all that is held; None while nobody else is about."""
+        activity, model, ledger = self._active.get(admit.model), admit.model, self._scheduler.ledger
+        if activity is None or not activity.others(now):
+            return None
+        share = activity.share(admit.tenant, lambda name: self._scheduler.tenants.tenant(name).weight, now)
+        return ledger.held.get((model, admit.tenant), 0), share * ledger.total_held.get(model, 0)
 
     def _tell_pressure(self, model: str, pool: Pool | None) -> None:
         """What the default placer has to know of the queue."""

@@ -55,7 +55,7 @@ class Margin:
     STEP = 0.004
     LEAST, MOST = 0.95, 1.3
 
-    def __init__(self, allowed: float = 0.015) -> None:
+    def __init__(self, allowed: float = 0.008) -> None:
         self._allowed = allowed
         self.factor = 1.03
 

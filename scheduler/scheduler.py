@@ -51,6 +51,7 @@ HASH_BLOCK_LEN = 64  # tokens behind one of Admit.prefix_hashes; the gateways ha
 MAX_REMEMBERED = 65_536  # requests whose last epoch, or whose end, is remembered, so that a late message changes nothing
 MAX_FOUND = 1024  # waiting requests for which is remembered what the prefix index holds
 FORGET_FOUND_S = 0.5
+LESS = 0.7  # of its share: below that a tenant has well less
 MAX_DEAD = 64  # dead workers kept for the status
 
 
@@ -111,6 +112,7 @@ class Scheduler:
             config.retry_budget,
             draw,
             lambda admit, now: self.placing.shares_with_nobody(admit, now) or self.placing.has_more(admit, now),
+            lambda admit, now: self.placing.has_less(admit, LESS, now),
         )
         self._read_classes()
         self.drain_rate = DrainRate()
@@ -184,7 +186,10 @@ class Scheduler:
         self.placing.room.update(self.pools)
 
     def _read_classes(self) -> None:
-        self.joint.tightest_tpot_s = min(one.tpot_s for one in self.tenants.classes.values())
+        classes = self.tenants.classes.values()
+        self.joint.tightest_tpot_s = min(one.tpot_s for one in classes)
+        bands = {one.band for one in classes}
+        self.placing.lowest_band = max(bands) if len(bands) > 1 else None
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """Why this request got what it got, ready for JSON; None for one that is not remembered."""

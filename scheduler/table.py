@@ -91,6 +91,8 @@ class Rows:
         sizes = {i.layout.block_size for i in infos}
         self.one_block_size: Any = float(sizes.pop()) if len(sizes) == 1 else self.block_size
         self.block_nbytes = _floats(i.layout.block_nbytes for i in infos)
+        nbytes = {i.layout.block_nbytes for i in infos}
+        self.one_block_nbytes: Any = float(nbytes.pop()) if len(nbytes) == 1 else self.block_nbytes
         self.batch = _floats(i.max_num_batched_tokens for i in infos)  # of one step; 0: not told
         self.chunk = _floats(i.max_num_batched_tokens or 256 for i in infos)
         self.can_prefill: Bools = np.array([i.can_prefill for i in infos], dtype=bool)

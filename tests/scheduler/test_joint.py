@@ -12,9 +12,9 @@ from configs.schema import SchedulerConfig
 from configs.tenants import SloClass, Tenant, Tenants
 from protocol.messages import Progress
 from protocol.ticket import Ticket
-from scheduler.joint import View
 from scheduler.ledger import WorkerState
 from scheduler.scheduler import Scheduler
+from scheduler.view import View
 from tests.scheduler.play import ask, info, teach
 
 MODEL = "m"
@@ -135,6 +135,14 @@ def test_overflow_workers_come_last() -> None:
     assert [place(scheduler, f"r{i}", prompt_len=20).decode.incarnation for i in range(4)] == ["d#1", "d#1", "o#1", "o#1"]
     alone = made([info("o", "decode", is_overflow=True)])
     assert place(alone, "a").prefill is None
+
+
+def test_the_lowest_band_takes_what_may_be_taken_away_and_the_others_do_not() -> None:
+    for slo_class, wanted in (("loose", "p1#1"), ("standard", "p0#1")):
+        scheduler = made([info("p0", "prefill"), info("p1", "prefill", is_spot=True), info("d", "decode")])
+        ticket = place(scheduler, "a", slo_class=slo_class)
+        assert ticket.prefill is not None
+        assert ticket.prefill.incarnation == wanted
 
 
 def test_between_equals_the_cheaper_is_taken() -> None:
