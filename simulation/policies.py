@@ -14,8 +14,7 @@ import msgspec
 
 from protocol.errors import ConfigError
 from scheduler.cost import OutputLength
-from scheduler.order import Fcfs
-from scheduler.queue import Order
+from scheduler.queue import Fcfs, Order
 from scheduler.scheduler import Scheduler
 from simulation.baselines import (
     Baseline,

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from bench.summary import Promise
-from configs.tenants import DEFAULT_CLASS, SloClass, Tenants
+from configs.tenants import DEFAULT_CLASS, SloClass, Tenants, read_tenants
 from protocol.errors import ConfigError
 from simulation import plot, policies
 from simulation.cluster import Setup, Simulation
@@ -168,25 +170,20 @@ def costs_of(text: str) -> tuple[Cost, Cost]:
 
 def _tenants(path: Path) -> Tenants:
     try:
-        from configs.tenants import read_tenants
-    except ImportError:
-        raise ConfigError("--tenants: reading a tenants file is not built in this version", param="--tenants") from None
-    try:
         return read_tenants(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"--tenants {path}: {error.strerror or error}", param="--tenants") from None
 
 
-def _told(kind: type, test: str) -> Any:
+def _told(kind: Callable[[str], float], test: str) -> Callable[[str], Any]:
     """A parser of numbers whose complaint is a sentence."""
-    allowed = {"positive": lambda v: v > 0, "not negative": lambda v: v >= 0}[test]
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = -1
-        if not allowed(value) or value != value or value == float("inf"):
+        if value < 0 or (value == 0 and test == "positive") or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text}: wanted a number that is {test}")
         return value
 
