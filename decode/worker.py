@@ -455,10 +455,6 @@ class DecodeWorker:
         return WorkerStats(
             num_running=len(self._sequences.running),
             num_waiting=len(self._sequences.preempted) + self.handover.num_open,
-            num_free_blocks=self.pool.num_free,
-            num_used_blocks=self.pool.num_used,
-            num_cached_blocks=self.pool.num_cached,
-            num_quarantined_blocks=self.pool.num_quarantined,
             num_steps=int(c["num_steps"]),
             step_s=c["step_s"],
             prompt_tokens=int(c["prompt_tokens"]),
@@ -473,7 +469,7 @@ class DecodeWorker:
             leases_expired=self.handover.leases_expired,
             last_token_age_s=age,
             pairs=self.handover.pair_stats(),
-            **self.pool.tier_numbers,
+            **self.pool.numbers,
         )
 
     def check_integrity(self) -> None:

@@ -112,9 +112,15 @@ class BlockPool:
         return self._num_quarantined
 
     @property
-    def tier_numbers(self) -> dict[str, int]:
-        """For `WorkerStats`; empty without a tier."""
-        return self.tier.numbers() if self.tier is not None else {}
+    def numbers(self) -> dict[str, int]:
+        """Of the pool and its tier, by the names of `WorkerStats`."""
+        return {
+            "num_free_blocks": self.num_free,
+            "num_used_blocks": self.num_used,
+            "num_cached_blocks": self.num_cached,
+            "num_quarantined_blocks": self.num_quarantined,
+            **(self.tier.numbers() if self.tier is not None else {}),
+        }
 
     def ref_count(self, block: int) -> int:
         return self._refs[block]

@@ -69,6 +69,7 @@ Compute = Callable[[Callable[[], _T]], Awaitable[_T]]
 DRAIN_S = 30.0
 POLL_S = 0.02
 CALL_TIMEOUT_S = 10.0
+COUNTERS = ("num_steps", "prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits")
 MAX_CANCELS = 4096  # remembered: a Cancel may overtake its Prefill while that waits for a hand-shake
 
 
@@ -470,23 +471,15 @@ class PrefillWorker:
         return WorkerStats(
             num_running=len(self._active),
             num_waiting=len(self._waiting),
-            num_free_blocks=self.pool.num_free,
-            num_used_blocks=self.pool.num_used,
-            num_cached_blocks=self.pool.num_cached,
-            num_quarantined_blocks=self.pool.num_quarantined,
-            num_steps=int(c["num_steps"]),
             step_s=c["step_s"],
-            prompt_tokens=int(c["prompt_tokens"]),
-            generation_tokens=int(c["generation_tokens"]),
-            prefix_queries=int(c["prefix_queries"]),
-            prefix_hits=int(c["prefix_hits"]),
             transfers=self.handover.transfers,
             transfer_bytes=self.handover.transfer_bytes,
             transfer_s=self.handover.transfer_s,
             transfers_failed=self.handover.transfers_failed,
             pairs=self.handover.pair_stats(),
             last_token_age_s=-1.0 if self.last_token_at is None else self._clock() - self.last_token_at,
-            **self.pool.tier_numbers,
+            **self.pool.numbers,
+            **{name: int(c[name]) for name in COUNTERS},
         )
 
     def check_integrity(self) -> None:

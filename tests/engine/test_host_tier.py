@@ -200,7 +200,7 @@ def test_without_prefix_caching_there_is_no_tier() -> None:
     kv = KVPool(LAYOUT, 2)
     pool = BlockPool(2, 4, enable_prefix_caching=False, tier=HostTier(kv, 10 * LAYOUT.block_nbytes))
     assert pool.tier is None
-    assert pool.tier_numbers == {}
+    assert "host_tier_bytes" not in pool.numbers
 
 
 class Traffic(RuleBasedStateMachine):
