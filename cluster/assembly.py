@@ -28,6 +28,7 @@ from engine.host_tier import HostTier
 from engine.memory import num_blocks_on_cpu, num_blocks_on_gpu
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
+from engine.step_log import StepLog, path_for
 from kvtransfer.group import Connector, RankTransfers
 from kvtransfer.layout import Place, rank_layout
 from kvtransfer.link import make_receivers, usable
@@ -39,6 +40,7 @@ from models.interface import Shard
 from models.load import LoadedModel, LoadProgress, choose_device, load_model
 from models.locate import locate
 from prefill.worker import PrefillWorker
+from protocol.errors import ConfigError
 from protocol.kv import KVEndpoint, KVLayout, ProcessRef
 from protocol.messages import WorkerInfo
 from protocol.network import Clock, Network
@@ -216,6 +218,17 @@ def rank_receivers(parts: Parts, transports: tuple[str, ...]) -> RankReceivers:
 
 def build_worker(role: str, parts: Parts, others: Others, transports: tuple[str, ...]) -> DecodeWorker | PrefillWorker:
     return build_decode(parts, others, transports) if role == "decode" else build_prefill(parts, others, transports)
+
+
+def open_step_log(config: Config, name: str, incarnation: str) -> StepLog | None:
+    """Of this worker, if step logs are wanted. Raises ConfigError."""
+    if config.model.step_log is None:
+        return None
+    path = path_for(config.model.step_log, name)
+    try:
+        return StepLog(path, incarnation)
+    except OSError as error:
+        raise ConfigError(f"cannot write the step log {path}: {error.strerror}", param="model.step_log") from None
 
 
 def build_decode(parts: Parts, others: Others, transports: tuple[str, ...]) -> DecodeWorker:

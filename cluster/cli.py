@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from configs.flags import ELSEWHERE, FLAGS, Flag
 from configs.load import Resolved, load, presets
 from protocol.errors import ConfigError, TandemError
+from protocol.parallel import Parallel
 
 PACKAGES = (
     "protocol",
@@ -142,6 +143,18 @@ def build_parser() -> argparse.ArgumentParser:
     top.add_argument("--once", action="store_true", help="one picture, then end")
     top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two pictures (default: 1)")
     _add_place(top)
+    memory = command("memory", run_memory, "What a model takes, and how many sequences fit beside it.")
+    memory.add_argument(
+        "model", nargs="?", default="bundled", metavar="MODEL", help="a directory, or a config.json (default: bundled)"
+    )
+    memory.add_argument("--gpu", metavar="NAME|SIZE", help="h200, h100, a100, l40s ..., or a size like 24GiB: of each rank")
+    for name, text in (("--tp", "tensor ranks"), ("--pp", "pipeline stages")):
+        memory.add_argument(name, type=int, default=1, metavar="N", help=f"{text} (default: 1)")
+    memory.add_argument("--dtype", help="of weights and KV (default: the checkpoint's)")
+    memory.add_argument("--max-model-len", type=int, metavar="TOKENS", help="of a full sequence (default: what the model allows)")
+    memory.add_argument("--context", type=int, metavar="TOKENS", help="of a sequence as you expect them")
+    memory.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="(default: 0.9)")
+    memory.add_argument("--json", action="store_true", help="as JSON")
     doctor = command("doctor", run_doctor, "What this machine has, lacks, and what to do about it.")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     _add_options(doctor)
@@ -348,6 +361,28 @@ def run_top(args: argparse.Namespace) -> int:
     from cluster.top import run
 
     return run(*_place(args), max(0.2, args.interval), args.once)
+
+
+def run_memory(args: argparse.Namespace) -> int:
+    from cluster import memory
+
+    for name in ("tp", "pp", "max_model_len", "context"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            option = "--" + name.replace("_", "-")
+            raise ConfigError(f"{option} must be at least 1", param=option)
+    if not 0 < args.gpu_memory_utilization <= 1:
+        raise ConfigError("--gpu-memory-utilization must be above 0 and at most 1", param="--gpu-memory-utilization")
+    asked = memory.Asked(
+        memory.folder_of(args.model),
+        args.model,
+        Parallel(args.tp, args.pp),
+        args.dtype,
+        memory.gpu_bytes(args.gpu) if args.gpu else None,
+        args.gpu_memory_utilization,
+        args.max_model_len,
+        args.context,
+    )
+    return memory.show(asked, args.json)
 
 
 def run_doctor(args: argparse.Namespace) -> int:

@@ -33,6 +33,8 @@ def with_absolute_paths(config: Config) -> Config:
 def _found_from_anywhere(model: ModelConfig) -> ModelConfig:
     if model.chat_template is not None:
         model = msgspec.structs.replace(model, chat_template=str(Path(model.chat_template).expanduser().resolve()))
+    if model.step_log is not None:
+        model = msgspec.structs.replace(model, step_log=str(Path(model.step_log).expanduser().resolve()))
     path = Path(model.name).expanduser()
     if not path.is_dir() or model.name in ("bundled", "toy"):
         return model

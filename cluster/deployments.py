@@ -17,7 +17,7 @@ from ray import serve
 from cluster.agent import new_gateway_id
 from cluster.group import config_here
 from cluster.life import WorkerLife, tell_failure
-from cluster.ray_process import keep_serve_inside, on_sigterm, set_title
+from cluster.ray_process import go_with_raylet, keep_serve_inside, on_sigterm, set_title
 from cluster.ray_ranks import RaySpawn
 from cluster.sizes import SCHEDULER
 from cluster.wire import SocketNetwork
@@ -38,6 +38,7 @@ class SchedulerActor:
 
     def __init__(self, config_json: bytes, secret: bytes) -> None:
         set_title("scheduler")
+        go_with_raylet()
         self._config = config_here(config_json)
         self._secret = secret
         self._network: SocketNetwork | None = None
@@ -87,8 +88,8 @@ class SchedulerActor:
         return self._sizes.index_for(self._service.scheduler, model, role, proposed, time.monotonic())
 
 
-def scheduler_actor(config_json: bytes, secret: bytes) -> Any:
-    """The one scheduler of this cluster, made if there is none."""
+def scheduler_actor(config_json: bytes, secret: bytes, **more: Any) -> Any:
+    """The one scheduler of this cluster, made if there is none. more: options for Ray, such as where to make it."""
     options = {
         "name": SCHEDULER_NAME,
         "namespace": NAMESPACE,
@@ -98,6 +99,7 @@ def scheduler_actor(config_json: bytes, secret: bytes) -> Any:
         "max_task_retries": -1,
         "num_cpus": 0,
         "max_concurrency": 1000,
+        **more,
     }
     return ray.remote(SchedulerActor).options(**options).remote(config_json, secret)
 
@@ -136,6 +138,7 @@ class WorkerReplica:
         index = await _worker_index(role, config, config_json, secret)
         name = f"{config.prefix}{role}:{index}"
         set_title(name)
+        go_with_raylet()
         keep_serve_inside(config.transfer.bind_host)
 
         def renew() -> tuple[SocketNetwork, SchedulerFinder]:
@@ -227,6 +230,7 @@ class GatewayReplica:
         config = config_here(config_json)
         index = _replica_index()
         set_title(f"gateway:{index}")
+        go_with_raylet()
         keep_serve_inside(config.transfer.bind_host)
         gateway_id = new_gateway_id(index)
         network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)

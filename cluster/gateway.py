@@ -272,6 +272,8 @@ class Gateway:
     async def _receive(self, walk: Walk) -> list[Event]:
         """Wait for the next frame of this request and turn it into events. Raises what ended the attempt."""
         timeout = self.limits.token_timeout_s if walk.attempt.has_tokens else self.limits.prefill_timeout_s
+        if walk.gap_at is not None:  # tokens that come cannot be delivered, so they are no sign that all is well
+            timeout = max(0.0, walk.gap_at + self.limits.token_timeout_s - self._clock())
         seconds_left = self._seconds_left(walk)
         try:
             async with asyncio.timeout(min(timeout, seconds_left)):
@@ -279,6 +281,8 @@ class Gateway:
         except TimeoutError:
             if seconds_left <= timeout:
                 raise self._out_of_time() from None
+            if walk.gap_at is not None:
+                raise WorkerLost(f"a token of {walk.request.request_id} is missing, and later ones came") from None
             raise WorkerLost(f"no token of {walk.request.request_id} for {timeout:.0f} s") from None
         if walk.is_moot(item):
             return []
@@ -298,7 +302,7 @@ class Gateway:
         """An attempt failed: give back what it held, and let the loop try again, or raise when trying again is no use."""
         if walk.phase is Phase.QUEUED:  # the scheduler's own answer, and it is final
             raise error
-        self._cancel(walk)
+        self._cancel(walk, is_tainted=isinstance(error, InternalError))
         if self._seconds_left(walk) <= 0:
             raise self._out_of_time() from error
         walk.blame(error)
@@ -331,12 +335,12 @@ class Gateway:
             observe(request, outcome)
         task.add_done_callback(lambda _: self._leaving.pop(request.request_id, None))
 
-    def _cancel(self, walk: Walk, choice: int | None = None) -> None:
+    def _cancel(self, walk: Walk, choice: int | None = None, is_tainted: bool = False) -> None:
         if walk.attempt_is_none:
             return
         for peer in (walk.attempt.prefill, walk.attempt.decode):
             if peer is not None and not peer.is_closed:
-                peer.send(Cancel(walk.request.request_id, walk.epoch, choice))
+                peer.send(Cancel(walk.request.request_id, walk.epoch, choice, is_tainted))
 
     # ---- what arrives --------------------------------------------------------------------------------------------
 

@@ -116,6 +116,7 @@ class LocalCluster:
         worker = assembly.build_worker(role, parts, others, self.transports)
         if group is not None and isinstance(worker, PrefillWorker):
             group.tell = worker.handover.rank_landed
+        worker.step_log = assembly.open_step_log(self.config, f"{role}:{index}", incarnation)
         await worker.start()
         info = assembly.worker_info(role, f"{role}:{index}", parts, others)
         agent = Agent(worker, info, network, self._find_scheduler, self.config.scheduler.heartbeat_s)

@@ -7,11 +7,36 @@ from the constructors in `deployments.py` and `ray_ranks.py`.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.5
+
+
+def go_with_raylet() -> None:
+    """End this process when the raylet that started it is gone: Ray counts all of its processes as dead then and starts others.
+
+    Left alone they outlive it for as long as nobody asks them for anything of Ray's, and an orphaned scheduler would go on serving
+    those who are still connected to it beside its successor.
+    """
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(LOOK_S)
+        log.error("the raylet that started this process is gone, and so goes this process")
+        os._exit(1)
+
+    threading.Thread(target=watch, name="go-with-raylet", daemon=True).start()
 
 
 def set_title(name: str) -> None:

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.group import RankOrder
-from cluster.ray_process import on_sigterm, set_title
+from cluster.ray_process import go_with_raylet, on_sigterm, set_title
 from protocol.errors import WorkerLost
 from protocol.parallel import Parallel
 
@@ -23,6 +23,7 @@ class RankActor:
 
     def __init__(self, name: str) -> None:
         set_title(name)
+        go_with_raylet()
 
     async def run(self, order: RankOrder, secret: bytes) -> None:
         from cluster.rank import serve_rank

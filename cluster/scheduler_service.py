@@ -53,6 +53,7 @@ from scheduler.scheduler import Scheduler
 log = logging.getLogger(__name__)
 
 TICK_S = 0.25
+MIN_ALARM_S = 0.004
 METRICS_WINDOW_S = 300.0
 MAX_SERVICES = 128  # tenants' counters that gateways remember for us
 SERVICES_S = 0.5
@@ -82,6 +83,7 @@ class SchedulerService:
         self._gone: OrderedDict[str, tuple[float, float]] = OrderedDict()  # request_id -> its last epoch, told when
         self._pools = Pools(scheduler, self._workers, lambda *what: self._note(self._role_switched, *what))
         self._ticking: asyncio.Task[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
         self._watching: asyncio.Task[None] | None = None
         self._life = secrets.token_hex(8)
         self._served: tuple[float, tuple[tuple[int, str, float], ...]] = (-math.inf, ())  # when read, and what
@@ -98,6 +100,8 @@ class SchedulerService:
         for task in (self._ticking, self._watching):
             if task is not None:
                 task.cancel()
+        if self._alarm is not None:
+            self._alarm.cancel()
         self._pools.close()
         await self._network.close()
 
@@ -308,6 +312,25 @@ class SchedulerService:
                 if error.reason:
                     self._note(self.history.refused, request_id, error, error.reason, self._clock())
                 future.set_exception(error)
+
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        """What waits for a moment rather than for a message (a prefill worker that will be free) is placed at that moment, not
+        at the next tick."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        now = self._clock()
+        at = self.scheduler.next_look(now)
+        if at is not None and at < now + TICK_S:
+            self._alarm = asyncio.get_running_loop().call_later(max(MIN_ALARM_S, at - now), self._ring)
+
+    def _ring(self) -> None:
+        try:
+            self._decide()
+        except Exception:
+            log.exception("a decision of the scheduler failed")
 
     async def _tick(self) -> None:
         """Silence counts only while we ourselves were listening: after a stop or starvation of this process everybody gets a

@@ -59,6 +59,7 @@ class Choice:
         self.detokenizer = detokenizer
         self.token_ids: list[int] = []
         self.pending: dict[int, TokenUpdate] = {}  # updates beyond a gap, by their index
+        self.gap_at: float | None = None  # since when there is one
         self.finish_reason: str | None = None
         self.stopped_here = False  # by a stop string, which only the gateway sees
         self.last_at: float | None = None  # when its last token came
@@ -112,6 +113,11 @@ class Walk:
     @property
     def is_complete(self) -> bool:
         return all(choice.finish_reason is not None for choice in self.choices)
+
+    @property
+    def gap_at(self) -> float | None:
+        """Since when some choice has had later tokens and lacks the next one."""
+        return min((choice.gap_at for choice in self.choices if choice.gap_at is not None), default=None)
 
     @property
     def max_delivered(self) -> int:
@@ -173,6 +179,8 @@ class Walk:
             self.inbox.get_nowait()
         for choice in self.choices:
             choice.pending.clear()
+            choice.gap_at = None
+        self._held.clear()
 
     def degrade(self, ticket: Ticket, adapt: Callable[[Request, str], Request | None]) -> None:
         """The request becomes what the ticket leaves of it, for this attempt and all that follow."""
@@ -287,6 +295,10 @@ class Walk:
             events.append(self._deliver(choice, ready, skip))
             self.timeline.tokens(len(events[-1].token_ids), choice.last_at, now)
             choice.last_at = now
+        if not choice.pending or choice.finish_reason is not None:
+            choice.gap_at = None
+        elif events or choice.gap_at is None:
+            choice.gap_at = now
         return events
 
     def _deliver(self, choice: Choice, update: TokenUpdate, skip: int) -> Tokens:

@@ -4,8 +4,11 @@ Implements `protocol.network` for production. Nothing here knows what a message 
 and sends; a call may wait for minutes (admission), a send is handled in order. A connection that is silent for
 `HEARTBEAT_S * HEARTBEAT_MISSES` is dead: that is how a stopped process is told from a slow one.
 
-    frame:     length u32 | kind u8 | call id u64 | msgpack message
+    frame:     length u32 | kind u8 | call id u64 | mac(16) | msgpack message
     handshake: server -> nonce(32);  client -> nonce(32) mac(32) name;  server -> mac(32)
+
+Each direction has a key of its own, made of the secret and both nonces; a frame's mac covers its header, its message and how many
+frames came before it. So a bit that flips on the way, which TCP's checksum may miss, breaks the connection and is nobody's token.
 """
 
 from __future__ import annotations
@@ -52,11 +55,26 @@ class Pulse(NamedTuple):
 
 CLUSTER = Codec(messages.encode, messages.decode)
 _HEADER = struct.Struct("!IBQ")
+_MAC_NBYTES = 16
 _SEND, _CALL, _ANSWER, _PING = range(4)
 
 
 def _proof(secret: bytes, label: bytes, *parts: bytes) -> bytes:
     return hmac.new(secret, label + b"".join(parts), hashlib.sha256).digest()
+
+
+class _Direction:
+    """The macs of one direction of one connection, in the order of its frames."""
+
+    def __init__(self, secret: bytes, label: bytes, server_nonce: bytes, client_nonce: bytes) -> None:
+        self._key = _proof(secret, label, server_nonce, client_nonce)
+        self._count = 0
+
+    def mac(self, header: bytes, body: bytes | memoryview) -> bytes:
+        digest = hashlib.blake2b(header, digest_size=_MAC_NBYTES, key=self._key, salt=self._count.to_bytes(16, "big"))
+        digest.update(body)
+        self._count += 1
+        return digest.digest()
 
 
 class Connection:
@@ -69,12 +87,14 @@ class Connection:
         writer: asyncio.StreamWriter,
         handler: Handler,
         on_closed: Callable[[Connection], None],
+        directions: tuple[_Direction, _Direction],
         codec: Codec = CLUSTER,
         pulse: Pulse | None = None,
     ) -> None:
         self.name = name
         self.is_closed = False
         self.closed_because = ""
+        self._outgoing, self._incoming = directions
         self._codec = codec
         self.pulse = pulse or Pulse(HEARTBEAT_S, HEARTBEAT_MISSES)  # may be changed; it counts from the next ping on
         self._reader = reader
@@ -133,7 +153,11 @@ class Connection:
                 raise TandemError(f"a message of {len(body)} bytes is above the frame cap of {MAX_FRAME_BYTES}")
             self.close(f"a message of {len(body)} bytes is above the frame cap of {MAX_FRAME_BYTES}")
             return
-        self._writer.write(_HEADER.pack(len(body), kind, call_id) + body)
+        if self._writer.transport.is_closing():  # it broke, and `_read` has not had its turn yet: uvloop would raise
+            self.close("it broke while something was being sent")
+            return
+        header = _HEADER.pack(len(body), kind, call_id)
+        self._writer.write(header + self._outgoing.mac(header, body) + body)
         if self._writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.close(f"it left more than {MAX_UNSENT_BYTES} bytes unread")
 
@@ -147,15 +171,26 @@ class Connection:
                 if length > MAX_FRAME_BYTES:
                     reason = f"a frame of {length} bytes is above the cap"
                     break
-                body = await self._reader.readexactly(length)
+                sealed = memoryview(await self._reader.readexactly(_MAC_NBYTES + length))
+                body = sealed[_MAC_NBYTES:]
+                if not hmac.compare_digest(sealed[:_MAC_NBYTES], self._incoming.mac(header, body)):
+                    reason = "a frame is damaged"
+                    log.warning("%s sent a frame that is damaged or forged", self.name)
+                    break
                 self._last_heard = loop.time()
-                if kind == _SEND:
-                    await self._serve_send(self._codec.decode(body))
-                elif kind == _CALL:
+                if kind in (_SEND, _CALL):
+                    try:
+                        message = self._codec.decode(body)
+                    except TandemError as error:  # a field of one request is outside of our bounds; the others have no part in it
+                        self._refuse(kind, call_id, error)
+                        continue
+                    if kind == _SEND:
+                        await self._serve_send(message)
+                        continue
                     if len(self._serving) >= MAX_CALLS:
                         reason = "too many calls at once"
                         break
-                    task = asyncio.create_task(self._serve_call(call_id, self._codec.decode(body)))
+                    task = asyncio.create_task(self._serve_call(call_id, message))
                     self._serving.add(task)
                     task.add_done_callback(self._serving.discard)
                 elif kind == _ANSWER and (future := self._calls.get(call_id)) and not future.done():
@@ -168,6 +203,11 @@ class Connection:
             reason = f"not one of our messages: {error}"
             log.warning("%s sent something that is %s", self.name, reason)
         self.close(reason)
+
+    def _refuse(self, kind: int, call_id: int, error: TandemError) -> None:
+        log.warning("%s sent what is not taken here: %s", self.name, error)
+        if kind == _CALL:
+            self._write(_ANSWER, call_id, self._codec.encode(to_failure(error)))
 
     async def _serve_send(self, message: Message) -> None:
         try:
@@ -294,8 +334,10 @@ class SocketNetwork:
                 async with asyncio.timeout(1.0):
                     await self._server.wait_closed()
 
-    def _adopt(self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Connection:
-        connection = Connection(name, reader, writer, self._handle, self._closed, self._codec, self._pulse)
+    def _adopt(
+        self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, directions: tuple[_Direction, _Direction]
+    ) -> Connection:
+        connection = Connection(name, reader, writer, self._handle, self._closed, directions, self._codec, self._pulse)
         self._all.add(connection)
         return connection
 
@@ -320,7 +362,8 @@ class SocketNetwork:
             answer = await reader.readexactly(32)
             if not hmac.compare_digest(answer, _proof(self._secret, b"server", theirs, ours, name)):
                 raise WorkerLost(f"{address} does not know this cluster's secret: it belongs to another cluster")
-            return self._adopt(address, reader, writer)
+            there, back = (_Direction(self._secret, label, theirs, ours) for label in (b"to server", b"to client"))
+            return self._adopt(address, reader, writer, (there, back))
         except BaseException:
             writer.transport.abort()
             raise
@@ -340,7 +383,8 @@ class SocketNetwork:
                 writer.transport.abort()
                 return
             writer.write(_proof(self._secret, b"server", ours, theirs, name))
-            self._adopt(name.decode(errors="replace"), reader, writer)
+            there, back = (_Direction(self._secret, label, ours, theirs) for label in (b"to server", b"to client"))
+            self._adopt(name.decode(errors="replace"), reader, writer, (back, there))
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             writer.transport.abort()
 

@@ -60,6 +60,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model.seed", "--seed", "N"),
     Flag("model.quantization", "--quantization"),
     Flag("model.chat_template", "--chat-template", "FILE"),
+    Flag("model.step_log", "--step-log", "FILE"),
     # pools
     Flag("prefill.replicas", "--prefill", "N"),
     Flag("decode.replicas", "--decode", "N"),

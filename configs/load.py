@@ -163,7 +163,7 @@ def _parse(key: Key, value: Any, is_text: bool) -> Any:
     if key.kind == "str":
         return value if isinstance(value, str) else None
     if key.name in BYTE_KEYS and isinstance(value, str):
-        return _num_bytes(value)
+        return num_bytes(value)
     if isinstance(value, bool):
         return None
     if isinstance(value, str) and is_text:
@@ -176,7 +176,8 @@ def _parse(key: Key, value: Any, is_text: bool) -> Any:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def _num_bytes(text: str) -> int | None:
+def num_bytes(text: str) -> int | None:
+    """ "512MiB" or "24GB" or plain digits; None for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
     return int(float(found[1]) * _UNITS[found[2] or ""]) if found else None
 

@@ -59,6 +59,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         says("seeds of requests without one are drawn from it, in their order at each gateway; none: at random"),
     ] = None
     quantization: Annotated[Literal["none"], says("of the weights")] = "none"
+    step_log: Annotated[
+        str | None, says("a line of JSON for each step goes to FILE.WORKER, as steps.decode-0.jsonl for steps.jsonl")
+    ] = None
     chat_template: Annotated[str | None, says("a Jinja file, instead of the model's own template")] = None
 
 

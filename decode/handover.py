@@ -288,20 +288,23 @@ class Handover:
         act(await self._receivers.forget(grant_id, is_over=True))
 
     def _has_stopped(self, grant: Grant) -> bool:
-        """Whether the writer of a void grant can no longer store into it: this end refuses, or it never called here. In a group the
-        answer of the other ranks comes later, and ends the quarantine that begins now."""
-        refused = self._receivers.forget_here(grant.grant_id)
+        """Whether the writer of a void grant can no longer store into it: this end refuses, or it never called here, or none of our
+        memory is mapped there and its connection broke. In a group the answer of the other ranks comes later, and ends the
+        quarantine that begins now.
+        """
+        here = self._receivers.forget_here(grant.grant_id)
         writer = self.writers.get(grant.prefill_incarnation)
         never_called = writer is None and self.writers.remember_void(grant)
         if self._receivers.is_alone:
-            return never_called or (writer is not None and writer.has_stopped(refused))
+            return never_called or (writer is not None and writer.has_stopped(here))
 
         def end(refused: Mapping[str, bool]) -> None:
-            if writer is not None and writer.has_stopped(refused):
+            all_refuse = all(refused[name] for name, can_refuse in here.items() if can_refuse)
+            if (never_called and all_refuse) or (writer is not None and writer.has_stopped(refused)):
                 self._end(grant.grant_id, self._inbound.writer_done(grant.grant_id), None)
 
         self._when_forgotten(grant.grant_id, end)
-        return never_called
+        return False
 
     def _apply(self, grant_id: str, effect: Effect) -> None:
         """What is to be done with the written blocks of a grant that is over."""
@@ -317,6 +320,11 @@ class Handover:
             else:
                 task = self._later(self._keep(grant_id, effect, claims, *part))
                 self._keeping[claims.grant.request_id] = task
+
+    def distrust(self, request_id: str) -> None:
+        """Its writer computed rubbish: what it claims to have written is given back like what nobody claimed."""
+        for grant_id in [name for name, claims in self._claims.items() if claims.grant.request_id == request_id]:
+            del self._claims[grant_id]
 
     # ---- keeping what a lost writer has left --------------------------------------------------------------------------
 

@@ -25,9 +25,11 @@ from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
+from engine.prefix import forget_prefix
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
 from engine.step import Extras
+from engine.step_log import StepLog
 from engine.stopping import finish_reason
 from kvtransfer.receiving import GroupReceivers
 from protocol.errors import (
@@ -109,6 +111,7 @@ class DecodeWorker:
         self.last_token_at: float | None = None
         self._step_began_at = 0.0
         self._counts: dict[str, float] = defaultdict(float)
+        self.step_log: StepLog | None = None
         self.handover = Handover(
             settings.incarnation, settings.layout, pool, receivers, network, clock, secret, self._fail_transfer, self.wake
         )
@@ -215,6 +218,9 @@ class DecodeWorker:
                     self._cancelled.popitem(last=False)
             return
         if message.choice is None:
+            if message.is_tainted:
+                self.handover.distrust(message.request_id)
+                self.pool.forget(job.block_hashes)
             self._drop(job)
             return
         job.ended.add(message.choice)
@@ -299,7 +305,10 @@ class DecodeWorker:
             self._fail_step(chunks, error)
         acts, self._after_step = self._after_step, []
         for act in acts:
-            act()
+            try:
+                act()
+            except Exception:
+                log.exception("after a decode step")
 
     async def _execute(self, chunks: list[Chunk]) -> StepResult:
         copies = self._sequences.take_copies(chunks)
@@ -311,7 +320,16 @@ class DecodeWorker:
             self._in_step = False
             self._sequences.copied(copies)
             self._counts["num_steps"] += 1
-            self._counts["step_s"] += self._clock() - self._step_began_at
+            seconds = self._clock() - self._step_began_at
+            self._counts["step_s"] += seconds
+            if self.step_log is not None:
+                self._log_step(self.step_log, chunks, seconds)
+
+    def _log_step(self, step_log: StepLog, chunks: list[Chunk], seconds: float) -> None:
+        jobs = ((self._sequences.job_of(chunk.sequence), chunk.num_tokens) for chunk in chunks)
+        tokens = [(job.request.request_id, number) for job, number in jobs if job is not None]
+        num_waiting = len(self._sequences.preempted) + self.handover.num_open
+        step_log.step(self._step_began_at, seconds, tokens, len(self._sequences.running), num_waiting, self.pool)
 
     def _fail_step(self, chunks: list[Chunk], error: Exception) -> None:
         failure = InternalError(f"a decode step failed ({type(error).__name__}); the worker's log has the details")
@@ -372,6 +390,7 @@ class DecodeWorker:
             for sequence in chunk.samples:
                 sample = samples[id(sequence)]
                 if sample.error is not None:
+                    forget_prefix(self.pool, sequence, self.settings.layout)
                     self._after_step.append(lambda job=job, e=sample.error: self._fail(job, "decode", InternalError(e)))
                     continue
                 update = self._advance(job, sequence, sample)
@@ -401,6 +420,7 @@ class DecodeWorker:
             spent=job.take_spent(self._clock),
         )
         if finished:
+            job.ended.add(sequence.choice)
             self._after_step.append(lambda: self._retire(sequence))
         return update
 
@@ -435,10 +455,6 @@ class DecodeWorker:
         return WorkerStats(
             num_running=len(self._sequences.running),
             num_waiting=len(self._sequences.preempted) + self.handover.num_open,
-            num_free_blocks=self.pool.num_free,
-            num_used_blocks=self.pool.num_used,
-            num_cached_blocks=self.pool.num_cached,
-            num_quarantined_blocks=self.pool.num_quarantined,
             num_steps=int(c["num_steps"]),
             step_s=c["step_s"],
             prompt_tokens=int(c["prompt_tokens"]),
@@ -453,7 +469,7 @@ class DecodeWorker:
             leases_expired=self.handover.leases_expired,
             last_token_age_s=age,
             pairs=self.handover.pair_stats(),
-            **self.pool.tier_numbers,
+            **self.pool.numbers,
         )
 
     def check_integrity(self) -> None:

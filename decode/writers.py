@@ -79,21 +79,23 @@ class Writers:
         place = self._receivers.place
         self._check_compatible(message)
         is_same_process = len(processes_of(message)) == 1 and message.boot_id == boot_id() and message.pid == os.getpid()
-        processes = observe_all(message)
+        known = self._writers.get(message.incarnation)
+        seen = observe_all(message)
+        # Whom we watch already is this very process, also where it cannot be looked up once more (no descriptor is left, say).
+        processes = known.processes if seen is None and known is not None else seen
         endpoints = self._receivers.endpoints
         try:
             same_host = processes is not None and all(is_here(of_one) for of_one in endpoints.values())
             name = choose(message.transports, tuple(endpoints), same_host, is_same_process)
         except BaseException:
-            for process in processes or ():
+            for process in seen or ():
                 process.close()
             raise
-        known = self._writers.get(message.incarnation)
-        if known is not None:
+        if known is not None and known.processes is not processes:
             known.close()
         before = known.transports if known is not None else frozenset()
         self._writers[message.incarnation] = Writer(peer, name, before | {name}, processes)
-        self._watch(processes or [])
+        self._watch(seen or [])
         void = tuple(self._void.get(message.incarnation, ()))
         return HandshakeAccepted(self._incarnation, place.layout, endpoints[name], place.parallel, void, TRANSPORTS[name].digest)
 

@@ -48,6 +48,10 @@ class Tier(Protocol):
         """Fill a block with what has this hash. False: it is not there (any more), and the block holds rubbish."""
         ...
 
+    def forget(self, block_hash: bytes) -> None:
+        """It is not there any more, if it was."""
+        ...
+
     def clear(self) -> None: ...
 
     def numbers(self) -> dict[str, int]:
@@ -77,6 +81,9 @@ class BlockPool:
         self._free = bytearray(b"\x01" * num_blocks)  # 1: free and not cached; bytes, so that runs are found at C speed
         self._num_clear = num_blocks  # how many ones are in _free
         self._num_quarantined = 0
+        self.num_allocated = 0  # these three since the beginning
+        self.num_freed = 0  # by their last reference; into the cache or not
+        self.num_evicted = 0
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()  # oldest first
@@ -105,9 +112,15 @@ class BlockPool:
         return self._num_quarantined
 
     @property
-    def tier_numbers(self) -> dict[str, int]:
-        """For `WorkerStats`; empty without a tier."""
-        return self.tier.numbers() if self.tier is not None else {}
+    def numbers(self) -> dict[str, int]:
+        """Of the pool and its tier, by the names of `WorkerStats`."""
+        return {
+            "num_free_blocks": self.num_free,
+            "num_used_blocks": self.num_used,
+            "num_cached_blocks": self.num_cached,
+            "num_quarantined_blocks": self.num_quarantined,
+            **(self.tier.numbers() if self.tier is not None else {}),
+        }
 
     def ref_count(self, block: int) -> int:
         return self._refs[block]
@@ -171,6 +184,24 @@ class BlockPool:
         """Everything match() can find, for an index that has lost its place in the events."""
         return list(self._block_of)
 
+    def forget(self, hashes: Iterable[bytes]) -> None:
+        """What stands under these hashes is not to be trusted: nobody finds it any more, here or in the tier. Who holds a
+        reference keeps it."""
+        for block_hash in hashes:
+            if self.tier is not None:
+                self.tier.forget(block_hash)
+            block = self._block_of.pop(block_hash, None)
+            if block is None:
+                continue
+            del self._hash_of[block]
+            if block_hash in self._added:
+                del self._added[block_hash]
+            else:
+                self._evicted[block_hash] = None
+            if block in self._evictable:
+                del self._evictable[block]
+                self._clear(block)
+
     def drop_cache(self) -> int:
         """Forget every cached block that nobody references, and all that the tier keeps. Returns how many of the first."""
         if self.tier is not None:
@@ -226,6 +257,7 @@ class BlockPool:
             assert self._refs[block] > 0, f"block {block} is released once too often ({self._states[block].value})"
             self._refs[block] -= 1
             if self._refs[block] == 0:
+                self.num_freed += 1
                 if block in self._hash_of:
                     self._evictable[block] = None
                 else:
@@ -267,6 +299,7 @@ class BlockPool:
 
     def _evict_oldest(self) -> tuple[int, bytes]:
         block, _ = self._evictable.popitem(last=False)
+        self.num_evicted += 1
         block_hash = self._hash_of.pop(block)
         del self._block_of[block_hash]
         if block_hash in self._added:
@@ -292,6 +325,7 @@ class BlockPool:
         for block in taken:
             self._states[block] = state
             self._refs[block] = 1
+        self.num_allocated += len(taken)
         return taken
 
     def _run_len(self, start: int, longest: int) -> int:

@@ -120,6 +120,11 @@ class HostTier:
         self.stats.restored += 1
         return True
 
+    def forget(self, block_hash: bytes) -> None:
+        found = self._slots.pop(block_hash, None)
+        if found is not None:
+            self._free.append(found[0])
+
     def clear(self) -> None:
         """Forget everything; the memory stays ours."""
         self._slots.clear()

@@ -52,3 +52,8 @@ def seal_full_blocks(pool: BlockPool, sequence: Sequence, layout: KVLayout) -> N
     hashes = full_block_hashes(sequence, layout)
     for i in range(first, num_full):
         pool.seal(sequence.blocks[i], hashes[i])
+
+
+def forget_prefix(pool: BlockPool, sequence: Sequence, layout: KVLayout) -> None:
+    """Its logits were not finite, so some of its KV, or what was computed from it, is damaged: no prompt may begin with it."""
+    pool.forget(full_block_hashes(sequence, layout))

@@ -59,6 +59,9 @@ class FaultyLane:
     def fence(self, transfer: Transfer) -> None:
         self._inner.fence(transfer)
 
+    def interrupt(self) -> None:
+        self._inner.interrupt()
+
     def close(self) -> None:
         self._inner.close()
 

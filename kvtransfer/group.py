@@ -48,11 +48,11 @@ ABORT_TIMEOUT_S = 30.0
 class GroupSender:
     """A `Sender` (transport.py) over our own rank and the others."""
 
-    def __init__(self, place: Place, target: Parallel, incarnation: str, own: RankSender, others: Mapping[int, RankCaller]) -> None:
+    def __init__(self, place: Place, target: Parallel, link: int, own: RankSender, others: Mapping[int, RankCaller]) -> None:
         assert place.rank == 0, "the leader drives"
         self._place = place
         self._target = target
-        self._incarnation = incarnation
+        self._link = link
         self._own = own
         self._others = dict(sorted(others.items()))
         self._closing: set[asyncio.Task[object]] = set()
@@ -62,7 +62,7 @@ class GroupSender:
 
     async def open(self, grant: Grant) -> None:
         try:
-            await _first_error(self._own.open(grant), *self._ask(RankOpen(grant), CALL_TIMEOUT_S))
+            await _first_error(self._own.open(grant), *self._ask(RankOpen(self._link, grant), CALL_TIMEOUT_S))
         except TandemError:
             await self.abort(grant.grant_id)
             raise
@@ -86,7 +86,7 @@ class GroupSender:
     def close(self) -> None:
         self._own.close()
         for caller in self._others.values():
-            task = asyncio.ensure_future(_tolerant(caller.call(RankDisconnect(self._incarnation), CALL_TIMEOUT_S)))
+            task = asyncio.ensure_future(_tolerant(caller.call(RankDisconnect(self._link), CALL_TIMEOUT_S)))
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
 
@@ -149,6 +149,7 @@ class Connector:
         self._secret = secret
         self._incarnation = incarnation
         self._others = dict(others or {})
+        self._num_links = 0
         self.options = options
 
     async def connect(
@@ -158,17 +159,21 @@ class Connector:
         this transport does not work between these two; then nothing is left open."""
         if len(endpoints) != target.num_ranks:
             raise HandshakeRefused(f"{len(endpoints)} endpoints for the {target.num_ranks} ranks of {peer_incarnation}")
-        own = self.rank_sender(peer_incarnation, target, endpoints, on_landed)
-        message = RankConnect(peer_incarnation, target, endpoints)
+        try:
+            own = self.rank_sender(peer_incarnation, target, endpoints, on_landed)
+        except (OSError, RuntimeError) as error:  # no descriptor, no thread: another transport, or another time, may do
+            raise HandshakeRefused(f"{name_of(endpoints[0])}: {error}") from error
+        self._num_links = link = self._num_links + 1
+        message = RankConnect(link, peer_incarnation, target, endpoints)
         calls = [caller.call(message, CALL_TIMEOUT_S + READY_TIMEOUT_S) for caller in self._others.values()]
         try:
             await _first_error(own.ready(READY_TIMEOUT_S), *calls)
         except TandemError as error:
             own.close()
             for caller in self._others.values():
-                await _tolerant(caller.call(RankDisconnect(peer_incarnation), CALL_TIMEOUT_S))
+                await _tolerant(caller.call(RankDisconnect(link), CALL_TIMEOUT_S))
             raise HandshakeRefused(error.message) from error
-        return GroupSender(self.place, target, peer_incarnation, own, self._others) if self._others else own
+        return GroupSender(self.place, target, link, own, self._others) if self._others else own
 
     def rank_sender(
         self, peer_incarnation: str, target: Parallel, endpoints: Sequence[KVEndpoint], on_landed: OnLanded
@@ -215,9 +220,9 @@ class RankTransfers:
         if isinstance(message, RankConnect):
             await self._connect(message)
         elif isinstance(message, RankDisconnect):
-            self._senders.disconnected(message.peer_incarnation)
+            self._senders.disconnected(message.link)
         elif isinstance(message, RankOpen):
-            await self._senders.open(message.grant)
+            await self._senders.open(message.link, message.grant)
         elif isinstance(message, RankFinish):
             return RankDigests(await self._senders.finish(message.grant_id, message.timeout))
         elif isinstance(message, RankAbort):
@@ -244,4 +249,4 @@ class RankTransfers:
         except TandemError:
             sender.close()
             raise
-        self._senders.connected(message.peer_incarnation, sender)
+        self._senders.connected(message.link, sender)

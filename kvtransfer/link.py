@@ -302,4 +302,8 @@ def make_sender(
     if isinstance(endpoint, MemoryEndpoint):
         return DirectSender(lane, source, on_stored)
     name = f"{peer_incarnation or 'peer'}/{source.route.target}"
-    return Outbox(lane, source, name=name, max_queued=max_queued, push_timeout_s=push_timeout_s, on_stored=on_stored)
+    try:
+        return Outbox(lane, source, name=name, max_queued=max_queued, push_timeout_s=push_timeout_s, on_stored=on_stored)
+    except BaseException:  # it has no thread, which would have closed the lane
+        lane.close()
+        raise

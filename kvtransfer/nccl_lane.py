@@ -140,6 +140,13 @@ class NcclLane:
             return
         self._connected().fence(transfer)
 
+    def interrupt(self) -> None:
+        link, fallback = self._link, self._fallback
+        if link is not None:
+            link.interrupt()
+        if fallback is not None:
+            fallback.interrupt()
+
     def close(self) -> None:
         self._drop_link()
         if self._fallback is not None:
@@ -252,6 +259,10 @@ class _Link:
                 elif header.kind not in (Kind.NACK, Kind.LANDED):
                     raise FrameError(f"a {header.kind.name} frame from a reader")
         transfer.landed(header.count)
+
+    def interrupt(self) -> None:
+        """From any thread. What the communicator does has a deadline of its own."""
+        self._sock.shutdown()
 
     def close(self) -> None:
         self._pipe.abort("closed here")

@@ -26,6 +26,7 @@ from protocol.ticket import Grant
 
 log = logging.getLogger(__name__)
 
+CLOSE_S = 0.1  # for the thread to end; one that is still connecting ends by itself, and the event loop does not wait for it
 MAX_RETRIES = 1  # per transfer: the second break of a link in one transfer is the network's answer
 
 
@@ -187,7 +188,8 @@ class Outbox:
             for transfer in self._transfers.values():
                 transfer.fail(TransferFailed("the KV sender was closed"))
             self._changed.notify_all()
-        self._thread.join(1.0)
+        self._lane.interrupt()  # the peer may be stopped or gone, and whoever calls is an event loop
+        self._thread.join(CLOSE_S)
 
     def _post(self, job: _Job) -> None:
         with self._changed:
@@ -334,5 +336,10 @@ class Outbox:
                 self._store(transfer, layer, pairs)
             if transfer.is_fenced:
                 self._lane.fence(transfer)
+        except LinkBroken:
+            raise
         except TandemError as error:
             transfer.fail(error)
+        except Exception:  # as in `_run`, for whoever broke it is not the only one that is served here
+            log.exception("KV sender: sending again failed")
+            transfer.fail(InternalError("the KV sender failed; the worker's log has the details"))

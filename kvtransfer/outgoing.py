@@ -259,7 +259,7 @@ class LinkBroken(Exception):
 class Lane(Protocol):
     """How bytes reach one peer's pool.
 
-    Called from one thread, the outbox's, except `endpoint`, `num_blocks` and `attach`.
+    Called from one thread, the outbox's, except `endpoint`, `num_blocks`, `attach` and `interrupt`.
     """
 
     @property
@@ -293,6 +293,10 @@ class Lane(Protocol):
     def fence(self, transfer: Transfer) -> None:
         """Called from any thread instead where a lane says `lands_at_once = True`: what `store` has taken lies in the peer's pool.
         Have transfer.landed(n) called, now or later, once everything stored for it has reached the peer's pool."""
+        ...
+
+    def interrupt(self) -> None:
+        """From any thread, when this lane is about to be closed: a call that waits for the network gives up at once."""
         ...
 
     def close(self) -> None: ...

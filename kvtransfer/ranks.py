@@ -1,13 +1,13 @@
 """The sending side of one rank of a prefill worker: one `RouteSender` for each decode rank that it has a route to.
 
 `RankSender` is a `Sender` (transport.py) by itself where the worker is alone; group.py joins several. `RankSenders` is what a rank
-that is not the leader keeps of them, by decode worker. Made by group.py.
+that is not the leader keeps of them, by link. Made by group.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from kvtransfer.landing import Landings
 from kvtransfer.layout import Route, rows_of
@@ -122,23 +122,23 @@ def _results(ended: Sequence[bytes | BaseException]) -> list[bytes]:
 
 
 class RankSenders:
-    """The senders of a rank that is not the leader, by decode incarnation; pushes find theirs by grant."""
+    """The senders of a rank that is not the leader, by the leader's number of their link; pushes find theirs by grant."""
 
     def __init__(self) -> None:
-        self._senders: dict[str, RankSender] = {}
+        self._senders: dict[int, RankSender] = {}
         self._by_grant: dict[str, RankSender] = {}
 
-    def connected(self, incarnation: str, sender: RankSender) -> None:
-        self.disconnected(incarnation)
-        self._senders[incarnation] = sender
+    def connected(self, link: int, sender: RankSender) -> None:
+        """Another link to the same decode worker goes on until the leader ends it."""
+        self._senders[link] = sender
 
-    def disconnected(self, incarnation: str) -> None:
-        sender = self._senders.pop(incarnation, None)
+    def disconnected(self, link: int) -> None:
+        sender = self._senders.pop(link, None)
         if sender is not None:
             sender.close()
 
-    async def open(self, grant: Grant) -> None:
-        sender = self._senders.get(grant.decode_incarnation)
+    async def open(self, link: int, grant: Grant) -> None:
+        sender = self._senders.get(link)
         if sender is None:
             raise TransferFailed(f"this rank has no sender to decode worker {grant.decode_incarnation}")
         await sender.open(grant)
@@ -163,10 +163,6 @@ class RankSenders:
             await sender.abort(grant_id)
             self._by_grant.pop(grant_id, None)
 
-    @property
-    def by_incarnation(self) -> Mapping[str, RankSender]:
-        return self._senders
-
     def close(self) -> None:
-        for incarnation in list(self._senders):
-            self.disconnected(incarnation)
+        for link in list(self._senders):
+            self.disconnected(link)

@@ -116,6 +116,9 @@ class ShmLane:
             raise TransferFailed(f"the decode worker (process {self.endpoint.pid}) is dead")
         transfer.landed(transfer.num_runs - transfer.num_missing)
 
+    def interrupt(self) -> None:
+        pass
+
     def close(self) -> None:
         self._peer.close()
         self._view = None  # the mapping goes with its last view

@@ -169,14 +169,25 @@ class TcpReceiver:
                 log.warning("accepting a KV connection failed: %s", error)  # out of descriptors, for one: it may pass
                 time.sleep(0.1)
                 continue
-            with self._lock:
-                num_pending = sum(not connection.peer for connection in self._connections)
-                if self._is_closed or num_pending >= MAX_PENDING or len(self._connections) >= MAX_CONNECTIONS:
-                    sock.close()
-                    continue
-                connection = _Connection(self, DeadlineSocket(sock, self.stall_timeout_s))
-                self._connections.add(connection)
+            try:
+                self._take_on(sock)
+            except Exception as error:  # out of threads, for one; whoever comes later finds this thread still here
+                log.warning("a KV connection cannot be served: %s", error)
+                sock.close()
+
+    def _take_on(self, sock: socket.socket) -> None:
+        with self._lock:
+            num_pending = sum(not connection.peer for connection in self._connections)
+            if self._is_closed or num_pending >= MAX_PENDING or len(self._connections) >= MAX_CONNECTIONS:
+                sock.close()
+                return
+            connection = _Connection(self, DeadlineSocket(sock, self.stall_timeout_s))
+            self._connections.add(connection)
+        try:
             connection.thread.start()
+        except BaseException:
+            self.left(connection)
+            raise
 
 
 class _Connection:

@@ -67,6 +67,7 @@ class TcpLane:
         self._stall_timeout_s = stall_timeout_s
         self._answer_timeout_s = answer_timeout_s
         self._on_broken: Callable[[], None] = lambda: None
+        self._sock: DeadlineSocket | None = None  # of the link, or of the one that is being made
         self._link: _Link | None = None
 
     def attach(self, on_broken: Callable[[], None]) -> None:
@@ -82,6 +83,11 @@ class TcpLane:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+    def interrupt(self) -> None:
+        sock = self._sock
+        if sock is not None:
+            sock.shutdown()
 
     def close(self) -> None:
         self.reset()
@@ -139,7 +145,7 @@ class TcpLane:
             raw = socket.create_connection((self.endpoint.host, self.endpoint.port), self._connect_timeout_s)
         except OSError as error:
             raise LinkBroken(f"no connection to {where}: {error}") from error
-        sock = DeadlineSocket(raw, self._stall_timeout_s)
+        sock = self._sock = DeadlineSocket(raw, self._stall_timeout_s)
         try:
             reader, writer = self._shake_hands(sock, deadline)
         except HandshakeRefused:

@@ -92,8 +92,8 @@ class Sender(Protocol):
         ...
 
     def close(self) -> None:
-        """Fail what is open, end the thread, drop the connection or mapping. Blocks for a second at most.
-        Idempotent.
+        """Fail what is open, end the thread, drop the connection or mapping. Blocks for a tenth of a second at most, for each
+        route. Idempotent.
         """
         ...
 

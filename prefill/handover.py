@@ -27,6 +27,7 @@ from protocol.ticket import FirstToken, Grant, Landed
 log = logging.getLogger(__name__)
 
 MAX_PAIR_STATS = 256
+STOP_AGAIN_S = 1.0  # after a rank that did not say that it has stopped, until it is asked again
 
 Connect = Callable[[str, Parallel, tuple[KVEndpoint, ...], OnLanded], Awaitable[Sender]]
 
@@ -176,12 +177,20 @@ class Handover:
     async def _abort(self, job: Job) -> None:
         grant_id = job.grant.grant_id
         self.outbound.failing(grant_id)
+        while not await self._has_stopped(job):
+            await asyncio.sleep(STOP_AGAIN_S)
+        self.outbound.aborted(grant_id)
+        self.links.writer_done(job.grant)
+        self._over(job)
+
+    async def _has_stopped(self, job: Job) -> bool:
+        """False: some rank does not say so. It may still store there, and read our blocks for it; nobody is told otherwise."""
         try:
-            await job.link.sender.abort(grant_id)
-        finally:
-            self.outbound.aborted(grant_id)
-            self.links.writer_done(job.grant)
-            self._over(job)
+            await job.link.sender.abort(job.grant.grant_id)
+        except Exception as error:
+            log.warning("%s is not given up on every rank yet: %s", job.grant.grant_id, error)
+            return False
+        return True
 
     def _over(self, job: Job) -> None:
         """Idempotent: a job may be given up while its last words are under way."""

@@ -102,7 +102,7 @@ class Links:
         self._links: dict[str, Link] = {}  # by decode incarnation
         self._linking: dict[str, asyncio.Task[Link]] = {}  # hand-shakes under way, shared by all who wait for one
         self._owed: dict[str, _Owed] = {}  # by decode incarnation
-        self._settling: asyncio.Task[None] | None = None
+        self._settling: dict[str, asyncio.Task[None]] = {}  # by decode incarnation
         self._pairs: OrderedDict[str, Pair] = OrderedDict()  # by decode incarnation, least recently used first
 
     def __len__(self) -> int:
@@ -190,18 +190,13 @@ class Links:
             link.tell_done(grant.grant_id)
 
     def tick(self) -> None:
-        """Try again to reach those whom we owe a word; one round at a time."""
-        if self._settling is not None and not self._settling.done():
-            return
+        """Try again to reach those whom we owe a word, each at its own pace: some do not answer for long."""
         now = self._clock()
-        due = [incarnation for incarnation, owed in self._owed.items() if owed.next_at <= now]
-        if due:
-            self._settling = asyncio.create_task(self._settle(due))
+        for incarnation in [i for i, owed in self._owed.items() if owed.next_at <= now and i not in self._settling]:
+            task = self._settling[incarnation] = asyncio.create_task(self._settle(incarnation))
+            task.add_done_callback(lambda _, incarnation=incarnation: self._settling.pop(incarnation))
 
-    async def _settle(self, incarnations: list[str]) -> None:
-        await asyncio.gather(*(self._settle_one(incarnation) for incarnation in incarnations))
-
-    async def _settle_one(self, incarnation: str) -> None:
+    async def _settle(self, incarnation: str) -> None:
         owed = self._owed.get(incarnation)
         if owed is None:
             return

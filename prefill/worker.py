@@ -19,10 +19,11 @@ import msgspec
 
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
-from engine.prefix import attach_prefix, seal_full_blocks
+from engine.prefix import attach_prefix, forget_prefix, seal_full_blocks
 from engine.runner import ModelRunner, StepResult
 from engine.sampler import Sample
 from engine.step import Extras
+from engine.step_log import StepLog
 from engine.stopping import finish_reason
 from kvtransfer.group import Connector
 from kvtransfer.transport import Sender
@@ -68,6 +69,7 @@ Compute = Callable[[Callable[[], _T]], Awaitable[_T]]
 DRAIN_S = 30.0
 POLL_S = 0.02
 CALL_TIMEOUT_S = 10.0
+COUNTERS = ("num_steps", "prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits")
 MAX_CANCELS = 4096  # remembered: a Cancel may overtake its Prefill while that waits for a hand-shake
 
 
@@ -140,6 +142,7 @@ class PrefillWorker:
         self.is_draining = False
         self.last_token_at: float | None = None
         self._counts: dict[str, float] = defaultdict(float)
+        self.step_log: StepLog | None = None
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
@@ -324,12 +327,14 @@ class PrefillWorker:
         """Plan, run, emit. Whatever goes wrong fails the prompts of this step, and the loop goes on (R11)."""
         self._admit()
         in_step = list(self._active)
+        tokens: list[tuple[str, int]] = []
         started = self._clock()
         try:
             planned = plan([job.sequence for job in in_step], self.settings.max_num_batched_tokens)
             jobs = {id(job.sequence): job for job in in_step}
             in_step = [jobs[id(sequence)] for sequence, _ in planned] or in_step
             chunks = [jobs[id(sequence)].chunk(num_tokens) for sequence, num_tokens in planned]
+            tokens = [(jobs[id(sequence)].request.request_id, number) for sequence, number in planned]
             pushes = [jobs[id(c.sequence)].completed_blocks(c) for c in chunks]
             self._in_step = True
             try:
@@ -342,7 +347,10 @@ class PrefillWorker:
             for job in in_step:
                 self._give_up(job, _step_failed(error))
         self._counts["num_steps"] += 1
-        self._counts["step_s"] += self._clock() - started
+        seconds = self._clock() - started
+        self._counts["step_s"] += seconds
+        if self.step_log is not None:
+            self.step_log.step(started, seconds, tokens, len(self._active), len(self._waiting), self.pool)
         self._act()
 
     def _extras(self, pushes: list[Push]) -> Extras:
@@ -402,6 +410,7 @@ class PrefillWorker:
         self._active.remove(job)
         bad = next((samples[id(s)].error for s in chunk.samples if samples[id(s)].error is not None), None)
         if bad is not None:
+            forget_prefix(self.pool, job.sequence, self.settings.layout)
             self._give_up(job, InternalError(bad))
         else:
             self._first_tokens(job, [(s, samples[id(s)]) for s in chunk.samples])
@@ -462,23 +471,15 @@ class PrefillWorker:
         return WorkerStats(
             num_running=len(self._active),
             num_waiting=len(self._waiting),
-            num_free_blocks=self.pool.num_free,
-            num_used_blocks=self.pool.num_used,
-            num_cached_blocks=self.pool.num_cached,
-            num_quarantined_blocks=self.pool.num_quarantined,
-            num_steps=int(c["num_steps"]),
             step_s=c["step_s"],
-            prompt_tokens=int(c["prompt_tokens"]),
-            generation_tokens=int(c["generation_tokens"]),
-            prefix_queries=int(c["prefix_queries"]),
-            prefix_hits=int(c["prefix_hits"]),
             transfers=self.handover.transfers,
             transfer_bytes=self.handover.transfer_bytes,
             transfer_s=self.handover.transfer_s,
             transfers_failed=self.handover.transfers_failed,
             pairs=self.handover.pair_stats(),
             last_token_age_s=-1.0 if self.last_token_at is None else self._clock() - self.last_token_at,
-            **self.pool.tier_numbers,
+            **self.pool.numbers,
+            **{name: int(c[name]) for name in COUNTERS},
         )
 
     def check_integrity(self) -> None:

@@ -340,11 +340,14 @@ class Prefill(msgspec.Struct, frozen=True, tag="prefill"):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """Stop work on a request (or on one choice of it) and give its blocks back. epoch 0: whichever attempt."""
+    """Stop work on a request (or on one choice of it) and give its blocks back. epoch 0: whichever attempt.
+
+    is_tainted: a worker could not compute with its KV, so none of it may be kept for other prompts."""
 
     request_id: str
     epoch: int = 0
     choice: int | None = None
+    is_tainted: bool = False
 
 
 # ---- worker -> gateway ---------------------------------------------------------------------------------------------

@@ -61,22 +61,27 @@ class RankReady(msgspec.Struct, frozen=True, tag="rank_ready"):
 
 
 class RankConnect(msgspec.Struct, frozen=True, tag="rank_connect"):
-    """Make (or replace) the senders to a decode worker. endpoints: one per rank of it, in rank order. -> Ok"""
+    """Make the senders of a link to a decode worker. endpoints: one per rank of it, in rank order. -> Ok
 
+    link: numbered by the leader. A pair that changes transports has two for a while: the old one ends with its last prompt.
+    """
+
+    link: int
     peer_incarnation: str
     target: Parallel
     endpoints: tuple[KVEndpoint, ...]
 
 
 class RankDisconnect(msgspec.Struct, frozen=True, tag="rank_disconnect"):
-    """That decode worker, or the link to it, is gone. -> Ok"""
+    """That decode worker, or this link to it, is gone. -> Ok"""
 
-    peer_incarnation: str
+    link: int
 
 
 class RankOpen(msgspec.Struct, frozen=True, tag="rank_open"):
-    """Sender.open on this rank. -> Ok, or the Failure it raised"""
+    """Sender.open on this rank, over this link. -> Ok, or the Failure it raised"""
 
+    link: int
     grant: Grant
 
 

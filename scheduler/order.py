@@ -16,7 +16,8 @@ import heapq
 from collections.abc import Callable, Iterator
 
 from scheduler.fairness import Fairness
-from scheduler.queue import Fcfs, Item, Key, Order, Sorted
+from scheduler.queue import Fcfs as Fcfs
+from scheduler.queue import Item, Key, Order, Sorted
 
 
 def _by_arrival(item: Item) -> Key:

@@ -55,6 +55,7 @@ class Placing:
         self.joined: set[str] = set()  # models that something new waits for
         self._blocked: dict[str, tuple[str, bool]] = {}  # by model: the first in line, whether it waits for decode room
         self._active: dict[str, Activity] = {}  # by model
+        self.lowest_band: int | None = None  # None: there is but one
 
     @property
     def has_news(self) -> bool:
@@ -138,6 +139,7 @@ class Placing:
 
     def _tell_tenant(self, item: Item, now: float) -> None:
         """What the default placer has to know of its tenant: whether it has more than its share while others are about."""
+        self._scheduler.joint.prefers_spot = item.band == self.lowest_band
         self._scheduler.joint.has_others = not self.shares_with_nobody(item.admit, now)
         activity = self._active.get(item.admit.model)
         self._scheduler.joint.leaves_room = (

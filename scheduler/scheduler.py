@@ -186,7 +186,10 @@ class Scheduler:
         self.placing.room.update(self.pools)
 
     def _read_classes(self) -> None:
-        self.joint.tightest_tpot_s = min(one.tpot_s for one in self.tenants.classes.values())
+        classes = self.tenants.classes.values()
+        self.joint.tightest_tpot_s = min(one.tpot_s for one in classes)
+        bands = {one.band for one in classes}
+        self.placing.lowest_band = max(bands) if len(bands) > 1 else None
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """Why this request got what it got, ready for JSON; None for one that is not remembered."""
@@ -354,6 +357,14 @@ class Scheduler:
         patience = self.config.heartbeat_s * self.config.heartbeat_misses
         times = [w.last_beat_at + patience for w in self.workers.values()]
         times += [g.last_beat_at + self._gateway_lease_s for g in self.gateways.values()]
+        look_at = self.next_look(now)
+        if look_at is not None:
+            times.append(look_at)
+        return max(now, min(times)) if times else None
+
+    def next_look(self, now: float) -> float | None:
+        """When `decisions` alone has something to do though nothing arrives; None: never. Cheap, whatever the number of workers."""
+        times: list[float] = []
         deadline = self.queue.next_deadline()
         if deadline is not None:
             times += [deadline, now if self.placing.has_news else min(self.placing.retry_at.values(), default=deadline)]

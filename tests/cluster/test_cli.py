@@ -37,6 +37,7 @@ OTHER = {
     "--seed": "7",
     "--quantization": None,  # has no other value yet
     "--chat-template": "t.jinja",
+    "--step-log": "steps.jsonl",
     "--prefill": "3",
     "--decode": "2",
     "--prefill-tp": "2",

@@ -79,6 +79,30 @@ def test_a_gap_is_held_until_it_is_filled():
     assert text_of(walk.absorb(update(0, [0], from_prefill=True), 2.0)) == "abc"
 
 
+def test_a_gap_has_an_age_until_it_is_filled():
+    walk = a_walk(n=2)
+    walk.absorb(update(0, [0]), 2.0)
+    assert walk.gap_at is None
+    walk.absorb(update(2, [2]), 3.0)
+    walk.absorb(update(0, [0, 1], choice=1), 3.5)
+    walk.absorb(update(4, [4]), 4.0)
+    assert walk.gap_at == 3.0, "what comes behind it does not make it younger"
+    walk.absorb(update(1, [1]), 5.0)
+    assert walk.gap_at == 5.0, "there is a second one"
+    walk.absorb(update(3, [3]), 6.0)
+    assert walk.gap_at is None
+
+
+def test_what_an_attempt_left_is_not_merged_with_the_next_one():
+    request = Request(request_id="r", model="m", prompt_token_ids=(1,), sampling=SamplingParams(prompt_logprobs=0, seed=1))
+    walk = Walk(request, lambda _: Letters(), 0.0)
+    begin(walk, 1)
+    assert walk.absorb(update(0, [7]), 2.0) == [], "the prompt's log-probabilities come first"
+    begin(walk, 2)
+    scored = TokenUpdate("r", 2, 0, 0, (1,), prompt_logprobs=(None,))
+    assert text_of(walk.absorb(scored, 3.0)) == "b"
+
+
 def test_a_stop_string_ends_the_choice_here_and_names_it():
     walk = a_walk(stop="c")
     events = walk.absorb(update(0, [0, 1, 2, 3]), 2.0)

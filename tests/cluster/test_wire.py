@@ -6,13 +6,17 @@ import asyncio
 import contextlib
 import struct
 
+import msgspec
 import pytest
 
 from cluster import wire
 from cluster.loopback import Hub
 from cluster.wire import SocketNetwork
-from protocol.errors import DeadlineExceeded, NotFound, TandemError, WorkerLost
-from protocol.messages import AskStatus, Cancel, Ok, Status, Withdraw
+from protocol.errors import DeadlineExceeded, InvalidRequest, NotFound, TandemError, WorkerLost
+from protocol.messages import AskStatus, Cancel, Ok, Reserve, Status, Withdraw, encode
+from protocol.request import Request, SamplingParams
+from protocol.ticket import Ticket, WorkerRef
+from tests.faultproxy import FaultProxy
 
 SECRET = b"s" * 32
 
@@ -158,11 +162,54 @@ async def test_a_stranger_that_cannot_prove_the_secret_gets_nothing(garbage):
 async def test_garbage_behind_the_handshake_closes_that_connection_only():
     async with pair() as (_, client, here, there):
         peer = await here.connect(there.address)
-        peer._writer.write(struct.pack("!IBQ", 5, 0, 0) + b"\xc1abcd")
+        peer._write(0, 0, b"\xc1abcd")
         await until(lambda: peer.is_closed)
         again = await here.connect(there.address)
         assert await again.call(AskStatus(), 2.0) == Status(b"{}")
         assert client.lost
+
+
+async def test_a_request_outside_of_our_bounds_is_refused_and_the_connection_lives():
+    """Another version's gateway may let more through than we take; the streams beside it have nothing to do with that."""
+    request = Request(request_id="r", model="m", prompt_token_ids=(1,), sampling=SamplingParams())
+    plain = msgspec.msgpack.decode(encode(Reserve(Ticket("r", 1, WorkerRef("i", "decode", "a:1"), None), request)))
+    plain["request"]["sampling"]["temperature"] = -5.0
+    outside = msgspec.msgpack.encode(plain)
+    async with pair() as (server, _, here, there):
+        peer = await here.connect(there.address)
+        theirs = peer._codec
+        peer._codec = theirs._replace(encode=lambda message: outside)
+        with pytest.raises(InvalidRequest, match="temperature must be in"):
+            await peer.call(AskStatus(), 2.0)
+        peer.send(AskStatus())
+        peer._codec = theirs
+        peer.send(Cancel("next"))
+        assert await peer.call(AskStatus(), 2.0) == Status(b"{}")
+        assert server.seen == ["next"]
+
+
+@pytest.mark.parametrize(("is_to_server", "place"), [(True, 3), (True, 4), (True, 20), (True, -1), (False, 8), (False, -1)])
+async def test_a_bit_that_flips_on_the_way_is_nobodys_token(is_to_server, place):
+    """In any part of a frame, and in either direction: the connection ends, and whoever waits for an answer hears so."""
+    is_spoiling = False
+
+    def edit(connection, is_to_target, offset, data):
+        if not is_spoiling or is_to_target != is_to_server:
+            return data
+        spoiled = bytearray(data)
+        spoiled[place] ^= 1
+        return bytes(spoiled)
+
+    async with pair() as (server, _, here, there):
+        proxy = FaultProxy(there.address, edit)
+        peer = await here.connect(proxy.address)
+        assert await peer.call(AskStatus(), 2.0) == Status(b"{}")
+        is_spoiling = True
+        peer.send(Cancel("echo"))
+        with pytest.raises(WorkerLost):
+            await peer.call(AskStatus(), 4.0)
+        assert server.seen in ([], ["echo"])
+        proxy.close()
 
 
 async def test_a_frame_above_the_cap_is_not_read():
@@ -223,3 +270,22 @@ async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch):
             if peer.is_closed:
                 break
         assert peer.is_closed
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_breaks_while_something_is_sent_closes_the_connection_and_raises_nothing(loop):
+    """uvloop's transport raises on a write after it broke, which may be before anybody has read that it did: an engine's step that
+    sends to a gateway that has just died must not notice."""
+
+    async def main() -> None:
+        async with pair() as (_, client, here, there):
+            peer = await here.connect(there.address)
+            peer._writer.transport.abort()  # as the loop does when the other side resets it, before `_read` runs
+            peer.send(Cancel("x"))
+            assert peer.is_closed
+            assert client.lost == [there.address]
+
+    if loop == "uvloop":
+        pytest.importorskip("uvloop").run(main())
+    else:
+        asyncio.run(main())

@@ -33,6 +33,7 @@ OTHER = {
     "model.enable_prefix_caching": "false",
     "model.seed": "7",
     "model.chat_template": "t.jinja",
+    "model.step_log": "s.jsonl",
     "prefill.replicas": "3",
     "decode.replicas": "2",
     "prefill.tp": "2",

@@ -92,3 +92,23 @@ async def test_memory_is_mapped_only_where_every_rank_of_both_is_in_sight():
     finally:
         kill(one)
         kill(two)
+
+
+async def test_a_writer_that_is_out_of_sight_once_is_not_dead_when_its_connection_breaks(monkeypatch):
+    """Without a descriptor to watch it by (there may be none just now) it is still the process that mapped our memory before."""
+    (one,) = children(1)
+    known = writers(parallel=Parallel(1, 2))
+    try:
+        known.handshake(SimpleNamespace(is_closed=False), handshake([one]))
+        assert known.get("P").transport == "shm"
+        peer = SimpleNamespace(is_closed=False)
+        with monkeypatch.context() as patch:
+            patch.setattr("kvtransfer.process.os.pidfd_open", lambda pid: (_ for _ in ()).throw(OSError(24, "too many open files")))
+            known.handshake(peer, handshake([one]))
+        peer.is_closed = True
+        assert known.take_dead() == [], "it lives, and may store yet"
+        kill(one)
+        assert known.take_dead() == ["P"]
+    finally:
+        if one.poll() is None:
+            kill(one)

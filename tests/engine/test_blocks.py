@@ -249,3 +249,19 @@ class Sequences(RuleBasedStateMachine):
 
 TestSequences = Sequences.TestCase
 TestSequences.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_what_is_forgotten_is_found_by_nobody_and_kept_by_its_holders() -> None:
+    pool = BlockPool(8, 4)
+    held, loose = sealed(pool, names(4)), names(4)[2:]
+    pool.release(held[2:])  # cached
+    pool.take_events()
+    pool.forget([*names(4)[1:], b"never there"])
+    assert pool.peek(names(4)) == 1
+    assert pool.num_cached == 0
+    assert sorted(pool.take_events()[1]) == sorted([names(4)[1], *loose])
+    pool.check_integrity()
+    pool.release(held[:2])
+    assert pool.num_cached == 1
+    assert pool.num_free == 8
+    pool.check_integrity()

@@ -200,7 +200,7 @@ def test_without_prefix_caching_there_is_no_tier() -> None:
     kv = KVPool(LAYOUT, 2)
     pool = BlockPool(2, 4, enable_prefix_caching=False, tier=HostTier(kv, 10 * LAYOUT.block_nbytes))
     assert pool.tier is None
-    assert pool.tier_numbers == {}
+    assert "host_tier_bytes" not in pool.numbers
 
 
 class Traffic(RuleBasedStateMachine):
@@ -269,3 +269,15 @@ def test_random_traffic_with_real_hits() -> None:
             store.push_out()
     assert store.tier.stats.restored > 200
     assert store.tier.stats.digest_failures == 0
+
+
+def test_what_is_forgotten_does_not_come_back_from_the_tier() -> None:
+    store = Store(6, 8)
+    store.pool.release(store.compute(names(4)))
+    store.push_out()
+    store.pool.forget([names(4)[1], b"never there"])
+    blocks = store.pool.match(names(4))
+    assert len(blocks) == 1
+    store.pool.release(blocks)
+    store.tier.check_integrity()
+    store.pool.check_integrity()

@@ -100,9 +100,12 @@ class Groups:
             connector = Connector(self.sources[rank], SECRET, "P1", Place(self.layout, self.source, rank), **options)
             self.others[rank] = RankTransfers(connector, None, lambda message: self.landed.append(message.landed))
         self.callers = {rank: Caller(transfers.handle) for rank, transfers in self.others.items()}
-        leader = Connector(self.sources[0], SECRET, "P1", Place(self.layout, self.source), self.callers, **options)
+        self.leader = Connector(self.sources[0], SECRET, "P1", Place(self.layout, self.source), self.callers, **options)
+        return await self.connect()
+
+    async def connect(self):
         endpoints = self.receivers.endpoints[self.transport]
-        self.sender = await leader.connect("D1", self.target, endpoints, lambda grant, landed: self.landed.append(landed))
+        self.sender = await self.leader.connect("D1", self.target, endpoints, lambda grant, landed: self.landed.append(landed))
         return self.sender
 
     def grant(self, blocks=(9, 3, 4, 7), num_cached=1, num_tokens=None, **changes) -> Grant:

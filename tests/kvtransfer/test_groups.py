@@ -198,12 +198,36 @@ def test_a_group_that_cannot_open_everywhere_is_open_nowhere(run):
     async def scenario(groups):
         grant = groups.grant()
         await groups.receivers.expect(grant)
-        groups.others[1]._senders.disconnected("D1")
+        groups.others[1]._senders.disconnected(1)
         with pytest.raises(TransferFailed, match="no sender to decode worker D1"):
             await groups.sender.open(grant)
         assert "RankAbort" in groups.callers[1].log
         assert not groups.sender.push(grant.grant_id, 0, groups.pairs(grant))
         await groups.sender.abort(grant.grant_id)
+
+    in_groups(run, layout_of(2, 2), Parallel(2, 1), ALONE, "shm", scenario)
+
+
+def test_a_link_that_ends_after_its_successor_began_leaves_it_alone(run):
+    """A pair that changes transports keeps the old link until its last prompt is over; then it alone is closed."""
+
+    async def scenario(groups):
+        old, late = groups.sender, groups.grant(grant_id="late", block_ids=(0, 1, 2, 8))
+        await groups.receivers.expect(late)
+        await old.open(late)
+        new = await groups.connect()
+        assert groups.callers[1].log == ["RankConnect", "RankOpen", "RankConnect"]
+        groups.sender = old
+        groups.push(late)
+        digests = await old.finish("late", 5.0)
+        assert await groups.receivers.verify(late, groups.manifest(late, digests)) == []
+        old.close()
+        await asyncio.sleep(0.05)
+        assert groups.callers[1].log[-1] == "RankDisconnect"
+        groups.sender = new
+        grant = groups.grant()
+        digests = await transfer(groups, grant)
+        assert await groups.receivers.verify(grant, groups.manifest(grant, digests)) == []
 
     in_groups(run, layout_of(2, 2), Parallel(2, 1), ALONE, "shm", scenario)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -13,11 +14,15 @@ import numpy as np
 import pytest
 
 from kvtransfer import tcp_frames as frames
+from kvtransfer.link import make_sender
+from kvtransfer.pool import KVPool
 from kvtransfer.tcp import MAX_PENDING, TcpReceiver
 from kvtransfer.tcp_frames import Kind
 from protocol.errors import ConfigError, HandshakeRefused, TandemError, TransferFailed
 from protocol.kv import KVLayout, TcpEndpoint
+from protocol.ticket import Grant, sign
 from tests.faultproxy import Cut, FaultProxy
+from tests.kvtransfer.conftest import LAYOUT, SECRET
 
 
 class Writer:
@@ -161,6 +166,25 @@ def test_silent_strangers_are_bounded_and_dropped(pair):
             sock.close()
         receiver.close()
     assert MAX_PENDING >= 8
+
+
+def test_a_connection_that_cannot_have_a_thread_ends_alone(pair, monkeypatch):
+    receiver, start = pair.receiver("tcp"), threading.Thread.start
+
+    def no_thread(thread):
+        if thread.name == "kv-receive":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        for _ in range(2):
+            with socket.create_connection((receiver.endpoint().host, receiver.endpoint().port)) as sock:
+                sock.settimeout(2.0)
+                assert sock.recv(1) == b"", "closed at once"
+    assert not receiver._connections
+    with contextlib.closing(Writer(pair).sock):
+        assert len(receiver._connections) == 1
 
 
 def test_forget_in_the_middle_of_a_run_is_immediate_and_absolute(pair):
@@ -310,6 +334,40 @@ def test_a_peer_that_accepts_and_never_speaks(pair, run):
             assert time.monotonic() - started < 3.0
 
     run(scenario())
+
+
+@pytest.mark.parametrize("state", ["hand-shake", "payload"])
+def test_closing_does_not_wait_for_a_peer_that_stands_still(run, monkeypatch, state):
+    """The event loop closes: a lost decode worker of many ranks would hold it up so long that others take ours for dead."""
+    layout = msgspec.structs.replace(LAYOUT, num_layers=1, block_size=1 << 15)
+    source, target, may_go = KVPool(layout, 16), KVPool(layout, 16), threading.Event()
+    if state == "payload":  # 32 MiB, more than the sockets hold
+        monkeypatch.setattr("kvtransfer.tcp._Connection._store", lambda *_: may_go.wait(10.0) and None)
+    receiver = TcpReceiver(target, SECRET, "D1")
+    if state == "hand-shake":
+        monkeypatch.setattr("kvtransfer.tcp._Connection._shake_hands", lambda _: may_go.wait(10.0))
+    sender = make_sender(receiver.endpoint(), source, SECRET, incarnation="P1", peer_incarnation="D1")
+    fields = {"prefill_incarnation": "P1", "num_cached_blocks": 0, "num_tokens": 16 << 15, "layout": layout, "lease_s": 10.0}
+    fields |= {"endpoints": (receiver.endpoint(),), "control_address": "127.0.0.1:1"}
+    grant = sign(Grant("g", "r", 1, "D1", block_ids=tuple(range(16)), **fields), SECRET)
+
+    async def scenario():
+        receiver.expect(grant)
+        sender.open(grant, receiver.endpoint())
+        sender.push("g", 0, [(i, i) for i in range(16)])
+        await asyncio.sleep(0.3)
+        started = time.monotonic()
+        sender.close()
+        assert time.monotonic() - started < 0.2
+        await asyncio.wait_for(sender.abort("g"), 0.5)
+
+    try:
+        run(scenario())
+    finally:
+        may_go.set()
+        receiver.close()
+        source.close()
+        target.close()
 
 
 def test_a_peer_that_stops_answering(pair, run):

@@ -225,6 +225,9 @@ class StuckLane:
     def reset(self):
         pass
 
+    def interrupt(self):
+        pass
+
     def close(self):
         pass
 
@@ -303,6 +306,30 @@ def test_an_unforeseen_error_ends_one_transfer_and_not_the_thread(pair, run):
         sender.push(worse.grant_id, 0, pair.pairs(worse))
         with pytest.raises(TransferFailed, match="broke twice"):
             await sender.finish(worse.grant_id, 2.0)
+        sender.close()
+
+    run(scenario())
+
+
+def test_an_unforeseen_error_while_sending_again_ends_one_transfer_and_not_the_thread(pair, run):
+    """A new link needs descriptors and threads, and there may be none just then."""
+
+    async def scenario():
+        lane = StuckLane(pair.receiver("tcp").endpoint())
+        lane.may_go.set()
+        lane.error = LinkBroken("cut")
+        sender = Outbox(lane, Source(pair.source))
+        lane.reset = lambda: setattr(lane, "error", RuntimeError("can't start new thread"))
+        bad, good = pair.grant(), pair.grant()
+        sender.open(bad, lane.endpoint)
+        sender.push(bad.grant_id, 0, pair.pairs(bad))
+        with pytest.raises(Exception, match="KV sender failed"):
+            await sender.finish(bad.grant_id, 2.0)
+        await asyncio.wait_for(sender.abort(bad.grant_id), 2.0)
+        lane.error = None
+        sender.open(good, lane.endpoint)
+        pair.push_all(sender, good)
+        assert len(await sender.finish(good.grant_id, 2.0)) == 64
         sender.close()
 
     run(scenario())

@@ -55,6 +55,19 @@ async def test_memory_that_cannot_be_mapped_falls_back_to_the_next_transport(mon
         assert (stats.transport, stats.transfers, stats.fallbacks) == ("tcp", 3, 1)
 
 
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("can't start new thread")], ids=type)
+async def test_whatever_stands_in_the_way_of_a_sender_is_a_reason_to_fall_back(monkeypatch, error):
+    def broken(*args, **kwargs):
+        raise error
+
+    async with cluster(("shm", "tcp")) as made:
+        monkeypatch.setattr("kvtransfer.shm.mmap.mmap" if isinstance(error, OSError) else "kvtransfer.shm.View", broken)
+        await one_more(made)
+        prefill = made.workers[1]
+        assert link_of(prefill).transport == "tcp"
+        assert str(error) in prefill.handover.links._pair(link_of(prefill).incarnation).reasons()
+
+
 async def test_a_port_that_nobody_listens_on_falls_back(monkeypatch):
     async with cluster(("tcp", "memory")) as made:
         decode, prefill = made.workers

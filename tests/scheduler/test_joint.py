@@ -137,6 +137,14 @@ def test_overflow_workers_come_last() -> None:
     assert place(alone, "a").prefill is None
 
 
+def test_the_lowest_band_takes_what_may_be_taken_away_and_the_others_do_not() -> None:
+    for slo_class, wanted in (("loose", "p1#1"), ("standard", "p0#1")):
+        scheduler = made([info("p0", "prefill"), info("p1", "prefill", is_spot=True), info("d", "decode")])
+        ticket = place(scheduler, "a", slo_class=slo_class)
+        assert ticket.prefill is not None
+        assert ticket.prefill.incarnation == wanted
+
+
 def test_between_equals_the_cheaper_is_taken() -> None:
     scheduler = made([info("p0", "prefill", price_per_hour=3.0), info("p1", "prefill", price_per_hour=1.0), info("d", "decode")])
     ticket = place(scheduler, "a")

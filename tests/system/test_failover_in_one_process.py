@@ -8,6 +8,7 @@ import pytest
 
 from decode.worker import DecodeWorker
 from protocol.events import Finished, Tokens
+from protocol.messages import TokenFrame
 from tests.system.local import cluster, events_of, oracle, request, tokens_of
 
 
@@ -44,6 +45,38 @@ async def until(condition, seconds: float = 10.0) -> None:
 
 def decode_workers(made):
     return [worker for worker in made.workers if isinstance(worker, DecodeWorker)]
+
+
+async def test_a_token_that_never_comes_is_missed_while_later_ones_do(monkeypatch):
+    """The gateway holds a gap for gateway.token_timeout_s, not until the worker has nothing more to say."""
+    async with cluster(decode__replicas=2, gateway__token_timeout_s=0.3) as made:
+        for worker in decode_workers(made):
+            compute = worker._compute
+
+            async def slowly(function, compute=compute):
+                await asyncio.sleep(0.01)
+                return await compute(function)
+
+            worker._compute = slowly
+        handle, lost = made.gateway.handle, []
+
+        async def loses_one(peer, message):
+            if isinstance(message, TokenFrame) and message.updates[0].index == 5 and not lost:
+                lost.append(message)
+                return None
+            return await handle(peer, message)
+
+        made.gateway._network.handler = loses_one
+        started = asyncio.get_running_loop().time()
+        tokens, missed_for = [], 0.0
+        async for event in made.gateway.generate(request(range(40), max_tokens=400)):
+            if isinstance(event, Tokens):
+                tokens += event.token_ids
+                if lost and not missed_for:
+                    missed_for = asyncio.get_running_loop().time() - started
+        assert lost
+        assert tokens == oracle(range(40), 400)
+        assert missed_for < 2.0
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])

@@ -296,6 +296,14 @@ async def test_chat_template_of_a_file(start, tmp_path):
     assert answer.json()["usage"]["prompt_tokens"] == len(tokens)
 
 
+async def test_step_log(start, tmp_path):
+    """Beside the file that was named, one for each worker (its lines: test_walk_in_one_process.py)."""
+    async with start("--step-log", str(tmp_path / "steps.jsonl")) as made, client_of(made) as client:
+        asked = {"model": "toy", "prompt": list(range(40)), "max_tokens": 4}
+        assert (await client.post("/v1/completions", json=asked)).status_code == 200
+    assert "decode-0" in (tmp_path / "steps.decode-0.jsonl").read_text()
+
+
 # ---- the doors -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ travelled, whatever was shared, preempted or copied on the way.
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 
 import pytest
@@ -180,3 +181,17 @@ async def test_a_hand_over_is_in_the_requests_timeline_and_in_the_links():
     assert marks["transfer_end"] > marks["prefill_end"]
     assert (found["request"]["prefill_worker"], found["request"]["decode_worker"]) == ("prefill:0", "decode:0")
     assert (link["from"], link["to"], link["transport"], link["failures"]) == ("prefill:0", "decode:0", "memory", 0)
+
+
+async def test_the_step_log_tells_of_every_token(tmp_path):
+    """A prompt of 40 in chunks of 16 on the prefill worker; then 11 steps of decode, for the first token came from prefill."""
+    wanted, logs = request(list(range(40)), max_tokens=12), {}
+    async with cluster(model__step_log=str(tmp_path / "s.jsonl"), prefill__max_num_batched_tokens=16) as made:
+        assert tokens_of(await events_of(made, wanted)) == oracle(list(range(40)), 12)
+    for role in ("prefill", "decode"):
+        logs[role] = [json.loads(line) for line in (tmp_path / f"s.{role}-0.jsonl").read_text().splitlines()]
+    assert [line["tokens"].get(wanted.request_id) for line in logs["prefill"]] == [16, 16, 8]
+    assert [line["tokens"].get(wanted.request_id) for line in logs["decode"]] == [1] * 11
+    assert [line["step"] for line in logs["decode"]] == list(range(1, 12))
+    assert sum(line["blocks_allocated"] for line in logs["decode"]) == 7  # 51 tokens with KV, in blocks of 8
+    assert all(line["step_s"] > 0 for line in logs["prefill"] + logs["decode"])
