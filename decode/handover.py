@@ -31,6 +31,7 @@ from protocol.ticket import Grant, Landed, Manifest, sign
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
+FORGET_AGAIN_S = 1.0
 KEEP_TIMEOUT_S = 2.0  # how long a next attempt waits to find what the last one left
 QUARANTINE_S = 0.25  # and how long for the end of its quarantine: a word takes a millisecond, seeing a death a few
 MAX_KEEP_NBYTES = 1 << 30  # of one grant read again; more would hold its blocks, and the verifying thread, for too long
@@ -284,7 +285,9 @@ class Handover:
         else:
             self._later(self._forget_then(grant_id, act))
 
-    async def _forget_then(self, grant_id: str, act: Callable[[Mapping[str, bool]], None]) -> None:
+    async def _forget_then(self, grant_id: str, act: Callable[[Mapping[str, bool]], None], pause_s: float = 0.0) -> None:
+        if pause_s:
+            await asyncio.sleep(pause_s)
         act(await self._receivers.forget(grant_id, is_over=True))
 
     def _has_stopped(self, grant: Grant) -> bool:
@@ -302,6 +305,8 @@ class Handover:
             all_refuse = all(refused[name] for name, can_refuse in here.items() if can_refuse)
             if (never_called and all_refuse) or (writer is not None and writer.has_stopped(refused)):
                 self._end(grant.grant_id, self._inbound.writer_done(grant.grant_id), None)
+            elif never_called:  # a rank did not answer (it was stopped, say), and there is no writer whose word would end this
+                self._later(self._forget_then(grant.grant_id, end, FORGET_AGAIN_S))
 
         self._when_forgotten(grant.grant_id, end)
         return False
