@@ -8,7 +8,7 @@ from __future__ import annotations
 PINNED: dict[int, str] = {
     654: "a hand-shake whose answer was lost left a quarantine that nobody could lift: decode knew the writer, the writer no link",
     5: "an Admit whose answer was lost was waited for until the queue's deadline, two minutes by default",
-    1840: "a decode group that was stopped did not answer when a void grant was to end, and nobody asked again: quarantine for ever",
+    1840: "a decode group that was stopped did not answer when a void grant ended, and nobody asked again: quarantine for ever",
     295: "prefill's GoneAway crossed the wire as an InternalError, so a request failed that another attempt would have saved",
 }
 
