@@ -83,7 +83,7 @@ def _server(checkout: Path, model: str, options: list[str]) -> Iterator[_Server]
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [sys.executable, "-m", "cluster", "serve", model, "--port", str(port), "--kv-cache-memory-bytes", "128MiB", *options]
+    command = [sys.executable, "-m", "cluster", "serve", model, "--port", str(port), "--kv-cache-memory-bytes", "512MiB", *options]
     process = subprocess.Popen(
         command,
         cwd=checkout,
