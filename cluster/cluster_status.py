@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
+from cluster.terminal import Paint, wants_colour
 from protocol.errors import NotFound, Overloaded, TandemError, Unauthorized, WorkerLost
 
 TIMEOUT_S = 10.0
@@ -179,6 +183,16 @@ def get_json(url: str, api_key: str | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TandemError(f"{url} did not answer with its status; is it Tandem that listens there?")
     return found
+
+
+def show_request(
+    url: str, api_key: str | None, request_id: str, as_json: bool, at: str, lines: Callable[[dict[str, Any], Paint], list[str]]
+) -> int:
+    """Print what is known of one request at the path `at`. Raises TandemError when there is nobody, or no such request."""
+    url = url.rstrip("/").removesuffix("/v1")
+    found = get_json(f"{url}/{at}/{urllib.parse.quote(request_id, safe='')}", api_key)
+    print(json.dumps(found, indent=2) if as_json else "\n".join(lines(found, Paint(wants_colour(sys.stdout)))))
+    return 0
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

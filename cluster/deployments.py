@@ -17,7 +17,7 @@ from ray import serve
 from cluster.agent import new_gateway_id
 from cluster.group import config_here
 from cluster.life import WorkerLife, tell_failure
-from cluster.ray_process import go_with_raylet, keep_serve_inside, on_sigterm, set_title
+from cluster.ray_process import begin, keep_serve_inside, on_sigterm
 from cluster.ray_ranks import RaySpawn
 from cluster.sizes import SCHEDULER
 from cluster.wire import SocketNetwork
@@ -37,8 +37,7 @@ class SchedulerActor:
     """Holds the SchedulerService. Named, detached, restarted for ever; a new life is rebuilt from workers and gateways (R9)."""
 
     def __init__(self, config_json: bytes, secret: bytes) -> None:
-        set_title("scheduler")
-        go_with_raylet()
+        begin("scheduler")
         self._config = config_here(config_json)
         self._secret = secret
         self._network: SocketNetwork | None = None
@@ -137,8 +136,7 @@ class WorkerReplica:
         config = config_here(config_json).each()[model]
         index = await _worker_index(role, config, config_json, secret)
         name = f"{config.prefix}{role}:{index}"
-        set_title(name)
-        go_with_raylet()
+        begin(name)
         keep_serve_inside(config.transfer.bind_host)
 
         def renew() -> tuple[SocketNetwork, SchedulerFinder]:
@@ -173,7 +171,7 @@ class OverflowReplica:
 
         config = config_here(config_json)
         name = f"overflow:{number}"
-        set_title(name)
+        begin(name)
         keep_serve_inside(config.transfer.bind_host)
         network = SocketNetwork(name, secret, config.transfer.bind_host)
         find = SchedulerFinder(config_json, secret, network)
@@ -229,8 +227,7 @@ class GatewayReplica:
 
         config = config_here(config_json)
         index = _replica_index()
-        set_title(f"gateway:{index}")
-        go_with_raylet()
+        begin(f"gateway:{index}")
         keep_serve_inside(config.transfer.bind_host)
         gateway_id = new_gateway_id(index)
         network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)

@@ -15,27 +15,18 @@ same request; `show` is `tandem explain`. Its fields:
 
 from __future__ import annotations
 
-import json
-import sys
-import urllib.parse
 from typing import Any
 
-from cluster.cluster_status import get_json
-from cluster.terminal import Paint, table, wants_colour
+from cluster.cluster_status import show_request
+from cluster.terminal import Paint, table
 
 MAX_SHOWN = 64  # workers of a table
 MAX_SEEN = 8  # of them in the list of requests
 
 
 def show(url: str, api_key: str | None, request_id: str, as_json: bool) -> int:
-    """Print it. Raises TandemError when there is nobody, or no such decision."""
-    url = url.rstrip("/").removesuffix("/v1")
-    found = get_json(f"{url}/admin/decisions/{urllib.parse.quote(request_id, safe='')}", api_key)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        print("\n".join(lines(found, Paint(wants_colour(sys.stdout)))))
-    return 0
+    """Print it. Raises TandemError when there is nobody, or no such request."""
+    return show_request(url, api_key, request_id, as_json, "admin/decisions", lines)
 
 
 def explained(request_id: str, decision: dict[str, Any], row: dict[str, Any] | None) -> dict[str, Any]:

@@ -22,7 +22,13 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.5
 
 
-def go_with_raylet() -> None:
+def begin(name: str) -> None:
+    """What every process of ours that Ray started does first: it gets its title, and ends when its raylet does."""
+    _set_title(name)
+    _go_with_raylet()
+
+
+def _go_with_raylet() -> None:
     """End this process when the raylet that started it is gone: Ray counts all of its processes as dead then and starts others.
 
     Left alone they outlive it for as long as nobody asks them for anything of Ray's, and an orphaned scheduler would go on serving
@@ -39,7 +45,7 @@ def go_with_raylet() -> None:
     threading.Thread(target=watch, name="go-with-raylet", daemon=True).start()
 
 
-def set_title(name: str) -> None:
+def _set_title(name: str) -> None:
     """`tandem:decode:0` in ps and top. Ray would name the process anew around each task: its way of doing so is taken away."""
     ray._raylet.setproctitle(f"tandem:{name}")
     ray._raylet.setproctitle = lambda title: None

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.group import RankOrder
-from cluster.ray_process import go_with_raylet, on_sigterm, set_title
+from cluster.ray_process import begin, on_sigterm
 from protocol.errors import WorkerLost
 from protocol.parallel import Parallel
 
@@ -22,8 +22,7 @@ class RankActor:
     """One rank but the leader's own. `run` returns when the leader says stop; any other end is the process's."""
 
     def __init__(self, name: str) -> None:
-        set_title(name)
-        go_with_raylet()
+        begin(name)
 
     async def run(self, order: RankOrder, secret: bytes) -> None:
         from cluster.rank import serve_rank

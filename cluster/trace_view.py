@@ -5,14 +5,11 @@ Asks a running gateway over HTTP; called by `cli.py`. No Ray, no torch.
 
 from __future__ import annotations
 
-import json
-import sys
-import urllib.parse
 from typing import Any
 
-from cluster.cluster_status import get_json
+from cluster.cluster_status import show_request
 from cluster.explain import told
-from cluster.terminal import Paint, ms, table, wants_colour
+from cluster.terminal import Paint, ms, table
 from protocol.timeline import Mark, phases
 
 BAR_WIDTH = 48
@@ -29,14 +26,8 @@ COLOUR_OF = {
 
 
 def show(url: str, api_key: str | None, request_id: str, as_json: bool) -> int:
-    """Print what is known of it. Raises TandemError when there is nobody, or no such request."""
-    url = url.rstrip("/").removesuffix("/v1")
-    found = get_json(f"{url}/dashboard/requests/{urllib.parse.quote(request_id, safe='')}", api_key)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        print("\n".join(lines(found, Paint(wants_colour(sys.stdout)))))
-    return 0
+    """Print it. Raises TandemError when there is nobody, or no such request."""
+    return show_request(url, api_key, request_id, as_json, "dashboard/requests", lines)
 
 
 def lines(found: dict[str, Any], paint: Paint) -> list[str]:

@@ -39,7 +39,7 @@ from kvtransfer.outgoing import LinkBroken
 from kvtransfer.pool import KVPool
 from kvtransfer.tcp import Inflow
 from kvtransfer.tcp_frames import FrameError, Header, Kind, Reason
-from kvtransfer.tcp_socket import Closed, DeadlineSocket, Stalled
+from kvtransfer.tcp_socket import Closed, DeadlineSocket, Stalled, accept_all
 from protocol.errors import ConfigError, TransferFailed, Unsupported
 from protocol.kv import NcclEndpoint, TcpEndpoint
 from protocol.ticket import Grant
@@ -173,20 +173,7 @@ class NcclReceiver:
             self._connections.discard(connection)
 
     def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as error:
-                if self._is_closed:
-                    return
-                log.warning("accepting a KV connection failed: %s", error)  # out of descriptors, for one: it may pass
-                time.sleep(0.1)
-                continue
-            try:
-                self._take_on(sock)
-            except Exception as error:  # out of threads, for one; whoever comes later finds this thread still here
-                log.warning("a KV connection cannot be served: %s", error)
-                sock.close()
+        accept_all(self._listener, self._take_on, lambda: self._is_closed)
 
     def _take_on(self, sock: socket.socket) -> None:
         with self._lock:

@@ -7,10 +7,13 @@ a receiver never sits inside recv() with a view of a pool that is no longer its 
 from __future__ import annotations
 
 import contextlib
+import logging
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+log = logging.getLogger(__name__)
 
 MAX_VIEWS = 512  # per system call; the kernel's IOV_MAX is 1024
 
@@ -21,6 +24,24 @@ class Closed(OSError):
 
 class Stalled(OSError):
     """Nothing moved for as long as the deadline allows."""
+
+
+def accept_all(listener: socket.socket, take_on: Callable[[socket.socket], None], is_closed: Callable[[], bool]) -> None:
+    """Serve whoever connects, until the listener is closed; for a thread of its own, which nothing else ends."""
+    while True:
+        try:
+            sock, _ = listener.accept()
+        except OSError as error:
+            if is_closed():
+                return
+            log.warning("accepting a KV connection failed: %s", error)  # out of descriptors, for one: it may pass
+            time.sleep(0.1)
+            continue
+        try:
+            take_on(sock)
+        except Exception as error:  # out of threads, for one; whoever comes later finds this thread still here
+            log.warning("a KV connection cannot be served: %s", error)
+            sock.close()
 
 
 class DeadlineSocket:

@@ -108,9 +108,8 @@ class Appointments:
         return out
 
     def work_s(self, model: str, band: int, tenant: str, until: float) -> float:
-        """What its own tenant's, and those of higher bands, who come will ask for by then. Other tenants' wait for their turn
-        beside
-        it, which the order sees to."""
+        """What its own tenant's, and those of higher bands, who come will ask for by then. Other tenants' wait for
+        their turn beside it, which the order sees to."""
         total = 0.0
         for (of, its_band), line in self._lines.items():
             if of != model or its_band > band:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,24 +51,28 @@ MAX_PRESSURE = 4.0
 NUM_CANDIDATES = 4  # of each role that an explanation shows
 
 
+class Circumstances(NamedTuple):
+    """What else is about when one request is placed."""
+
+    pressure: float = 0.0  # requests that wait for each prefill worker of its model
+    backlog_s: float = 0.0  # of their prefill work, for each prefill worker
+    prefers_spot: bool = False
+    has_others: bool = False  # several tenants are about: what is given to a worker early stands before theirs
+    leaves_room: bool = False  # its tenant has more than its share: room for some of others' stays free
+    keeps_short: bool = False  # the same where few tenants are about: only the step under way stands before others' prompts
+
+
 class Joint:
-    """See the module. `pressure`: how many requests wait for each prefill worker of the model that is being placed; `packs`:
-    whether
-    a class with a tighter promise than the request's exists. Both set by the scheduler, which knows queue and classes."""
+    """See the module. `circumstances` and `tightest_tpot_s` are set by the scheduler, which knows queue, tenants and classes."""
 
     def __init__(self, rules: Rules, max_deflected_share: float = 0.5) -> None:
         self._rules = rules
         self._max_deflected_share = max_deflected_share
-        self.pressure = 0.0
-        self.backlog_s = 0.0  # of prefill work that waits, for each prefill worker
+        self.circumstances = Circumstances()
         self.tightest_tpot_s = math.inf
-        self.prefers_spot = False
         self.lacks_size = True  # a smaller one might have found room
         self.free_in_s = 0.0  # when the first prefill worker's queue will be short
         self.waits_for_decode = True  # what the last one that was blocked had no room in; else it waits for a prefill worker
-        self.leaves_room = False  # the request's tenant has more than its share: room for some of others' stays free
-        self.keeps_short = False  # the same where few tenants are about: only the step under way stands before others' prompts
-        self.has_others = False  # several tenants are about: what is given to a worker early stands before theirs
         self.view: View | None = None
         self._seen: tuple[Prefills | None, Decodes | None] = (None, None)
 
@@ -82,7 +87,7 @@ class Joint:
     ) -> Placement | Blocked | Refused:
         pool = workers if isinstance(workers, Pool) else Pool(workers)
         view = self.view = View(admit, pool, output, matches, self._rules, now)
-        view.leaves_room = self.leaves_room
+        view.leaves_room = self.circumstances.leaves_room
         self._seen = (None, None)
         self.waits_for_decode = self.lacks_size = True
         rows = pool.decode
@@ -163,7 +168,7 @@ class Joint:
         if least == math.inf:
             return found, None
         score = ttft
-        pressure = min(MAX_PRESSURE, self.pressure)
+        pressure = min(MAX_PRESSURE, self.circumstances.pressure)
         if pressure > 0 and not view.is_blind:
             score = ttft + pressure * found.work_s
             if left > least:  # work may be saved with what the promise leaves, never with more
@@ -177,7 +182,7 @@ class Joint:
         if len(equal) == 1:
             return int(equal[0])
         if rows.differ:
-            liked = rows.is_spot[equal] == self.prefers_spot
+            liked = rows.is_spot[equal] == self.circumstances.prefers_spot
             price = rows.price[equal] + np.where(liked, 0.0, 1e12)
             equal = equal[price <= price.min()]
         return int(equal[load[equal].argmin()])
@@ -194,7 +199,7 @@ class Joint:
         can = np.isfinite(prefills.ttft_s)
         # What goes into its next step with others would only lose by waiting here.
         fits = rows.live[TOKENS] - rows.live[HEAD_TOKENS] + view.admit.prompt_len - prefills.cached <= rows.batch
-        if self.keeps_short:
+        if self.circumstances.keeps_short:
             fits, lookahead_s = waiting < 1, 0.0
         free = ((prefills.queue_s <= lookahead_s) | (waiting < 1) | fits) & can
         if free.any():
@@ -203,15 +208,14 @@ class Joint:
         return True
 
     def lookahead_s(self, admit: Admit) -> float:
-        if self.has_others:
+        if self.circumstances.has_others:
             return MIN_LOOKAHEAD_S
         promise = admit.ttft_slo_s or self._rules.max_prefill_queue_s
         return max(MIN_LOOKAHEAD_S, min(MAX_LOOKAHEAD_S, LOOKAHEAD_SHARE * promise))
 
     def _choose(self, view: View, decodes: Decodes, *, is_last: bool) -> int | None:
         """The row to decode on; None without room. is_last: nobody else is asked, so a promise that nobody keeps may be broken
-        where
-        the predictions are not to be trusted yet."""
+        where the predictions are not to be trusted yet."""
         self._seen = (self._seen[0], decodes)
         rows = view.pool.decode
         packs = view.limit() > self.tightest_tpot_s * (1 + EQUAL)
@@ -232,7 +236,7 @@ class Joint:
     def _deflect(self, view: View, usable: Bools, local: Prefills | None, ttft_s: float, left: float) -> Placement | None:
         """A decode worker does the prefill where the pool would miss the promise, or has more waiting than it can do in time."""
         rows, admit = view.pool.decode, view.admit
-        is_needed = ttft_s > left or self.backlog_s > 0.5 * (admit.ttft_slo_s or math.inf)
+        is_needed = ttft_s > left or self.circumstances.backlog_s > 0.5 * (admit.ttft_slo_s or math.inf)
         if not is_needed or self._max_deflected_share <= 0 or left == math.inf or not self.is_trusted(rows):
             return None
         local = local or view.local(rows, usable)

@@ -16,8 +16,7 @@ import heapq
 from collections.abc import Callable, Iterator
 
 from scheduler.fairness import Fairness
-from scheduler.queue import Fcfs as Fcfs
-from scheduler.queue import Item, Key, Order, Sorted
+from scheduler.queue import Item, Key, Order, Sorted, arrival, fcfs
 
 
 def _by_arrival(item: Item) -> Key:
@@ -109,7 +108,7 @@ class Banded:
     def __init__(self, fairness: Fairness | None, by_deadline: bool) -> None:
         self._fairness = fairness
         self._by_deadline = by_deadline
-        self.resumptions = Sorted(Fcfs.key)
+        self.resumptions = Sorted(arrival)
         self.bands: dict[int, Band] = {}
 
     def add(self, item: Item) -> None:
@@ -223,5 +222,5 @@ class Walk:
 def make_order(policy: str, fairness: Fairness) -> Callable[[], Order]:
     """What makes one order for each model's queue. Tenants' services are shared by all of them."""
     if policy == "fcfs":
-        return Fcfs
+        return fcfs
     return lambda: Banded(fairness if policy != "priority" else None, by_deadline=policy == "slo")

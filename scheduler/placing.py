@@ -6,13 +6,14 @@ A model whose first in line found no room is looked at again only when something
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from protocol.errors import Failure, InternalError
 from protocol.messages import Admit
 from protocol.ticket import Ticket
 from scheduler import admission
 from scheduler.activity import Activity
+from scheduler.joint import Circumstances
 from scheduler.ledger import Entry
 from scheduler.papers import item_of, ticket_of
 from scheduler.placement import Blocked, Placement, Refused
@@ -44,6 +45,13 @@ def _may_be_overtaken(item: Item) -> bool:
     return item.refuses_late and not item.is_appointed and not item.admit.resumption
 
 
+class Load(NamedTuple):
+    """Of one model's queue, for each of its prefill workers."""
+
+    pressure: float  # requests
+    backlog_s: float  # seconds of prefill
+
+
 class Placing:
     """See the module."""
 
@@ -56,6 +64,11 @@ class Placing:
         self._blocked: dict[str, tuple[str, bool]] = {}  # by model: the first in line, whether it waits for decode room
         self._active: dict[str, Activity] = {}  # by model
         self.lowest_band: int | None = None  # None: there is but one
+
+    @property
+    def _is_joint(self) -> bool:
+        """Whether the placer is our own."""
+        return self._scheduler.placer is self._scheduler.joint
 
     @property
     def has_news(self) -> bool:
@@ -86,7 +99,7 @@ class Placing:
     def place_waiting(self, model: str, now: float, out: list[Decision]) -> None:
         """Place what can be placed of one model, in its order."""
         pool = self._scheduler.pools.get(model)
-        self._tell_pressure(model, pool)
+        load, joint = self._load(model), self._scheduler.joint
         self._blocked.pop(model, None)
         self.retry_at.pop(model, None)
         walk = iter(self._scheduler.queue.orders[model])
@@ -108,21 +121,18 @@ class Placing:
                 self._scheduler.fairness.lift(item.band, item.admit.tenant)
                 self.retry_at[model] = now + RETRY_S
                 continue
-            self._tell_tenant(item, now)
+            joint.circumstances = self._circumstances(item, load, now)
             decision = self._try(item, now, was_backlog)
             if isinstance(decision, Blocked):
                 self.retry_at[model] = now + RETRY_S
                 if decision is Blocked.NO_ROOM:  # none of another tenant overtakes
-                    waits_for_decode = self._scheduler.placer is not self._scheduler.joint or self._scheduler.joint.waits_for_decode
+                    waits_for_decode = not self._is_joint or joint.waits_for_decode
                     if blocked is None:
                         self._scheduler.gate.decode_is_short[model] = waits_for_decode
-                        self._blocked[model] = (
-                            item.admit.request_id,
-                            waits_for_decode and self._scheduler.placer is self._scheduler.joint,
-                        )
+                        self._blocked[model] = item.admit.request_id, waits_for_decode and self._is_joint
                     if not waits_for_decode:
-                        self.retry_at[model] = now + min(RETRY_S, max(MIN_RETRY_S, self._scheduler.joint.free_in_s))
-                    if not (waits_for_decode and self._scheduler.joint.lacks_size) or not _may_be_overtaken(item):
+                        self.retry_at[model] = now + min(RETRY_S, max(MIN_RETRY_S, joint.free_in_s))
+                    if not (waits_for_decode and joint.lacks_size) or not _may_be_overtaken(item):
                         break
                     blocked = item
             else:
@@ -137,16 +147,18 @@ class Placing:
         held = self._scheduler.ledger.held.get((item.admit.model, item.admit.tenant), 0)
         return held > 0 and held >= share * pool.decode.num_blocks.sum()
 
-    def _tell_tenant(self, item: Item, now: float) -> None:
-        """What the default placer has to know of its tenant: whether it has more than its share while others are about."""
-        self._scheduler.joint.prefers_spot = item.band == self.lowest_band
-        self._scheduler.joint.has_others = not self.shares_with_nobody(item.admit, now)
-        activity = self._active.get(item.admit.model)
-        self._scheduler.joint.leaves_room = (
-            self._scheduler.joint.has_others and not item.admit.resumption and self.has_more(item.admit, now)
-        )
-        self._scheduler.joint.keeps_short = (
-            self._scheduler.joint.leaves_room and activity is not None and activity.is_small_company(now)
+    def _circumstances(self, item: Item, load: Load, now: float) -> Circumstances:
+        """What the default placer has to know of queue and tenants."""
+        admit, activity = item.admit, self._active.get(item.admit.model)
+        has_others = not self.shares_with_nobody(admit, now)
+        leaves_room = has_others and not admit.resumption and self.has_more(admit, now)
+        return Circumstances(
+            pressure=load.pressure,
+            backlog_s=load.backlog_s,
+            prefers_spot=item.band == self.lowest_band,
+            has_others=has_others,
+            leaves_room=leaves_room,
+            keeps_short=leaves_room and activity is not None and activity.is_small_company(now),
         )
 
     def shares_with_nobody(self, admit: Admit, now: float) -> bool:
@@ -171,12 +183,11 @@ class Placing:
         share = activity.share(admit.tenant, lambda name: self._scheduler.tenants.tenant(name).weight, now)
         return ledger.held.get((model, admit.tenant), 0), share * ledger.total_held.get(model, 0)
 
-    def _tell_pressure(self, model: str, pool: Pool | None) -> None:
-        """What the default placer has to know of the queue."""
+    def _load(self, model: str) -> Load:
+        queue, pool = self._scheduler.queue, self._scheduler.pools.get(model)
         num_prefills = max(1, len(pool.prefill) if pool else 0)
-        self._scheduler.joint.pressure = (self._scheduler.queue.num_of[model] - 1) / num_prefills
-        service_s = sum(sums.service_s for (of, _), sums in self._scheduler.queue.totals.items() if of == model)
-        self._scheduler.joint.backlog_s = service_s / num_prefills
+        service_s = sum(sums.service_s for (of, _), sums in queue.totals.items() if of == model)
+        return Load((queue.num_of[model] - 1) / num_prefills, service_s / num_prefills)
 
     def _try(self, item: Item, now: float, was_backlog: bool) -> Decision | Blocked:
         """One item's decision. A bug of ours fails this item alone: the others' turn comes all the same."""
@@ -211,10 +222,7 @@ class Placing:
         if isinstance(found, Refused):
             return self._scheduler.refusing.fail(item, found.error, "placer", now)
         if item.refuses_late and self._scheduler.admission and self._comes_too_late(item, found, now):
-            terms = terms_of(self._scheduler.tenants, admit.slo_class, admit)
-            return self._scheduler.refusing.fail(
-                item, self._scheduler.gate.late(admit, terms, None, "slo_ttft", now).error, "slo_ttft", now
-            )
+            return self._fail_late(item, now)
         return self._book(item, found, now, was_backlog)
 
     @staticmethod
@@ -236,12 +244,12 @@ class Placing:
             self._scheduler.explained.note(item.admit.request_id, now, "degraded", degraded=helped.degraded)
             self.joined.add(other.admit.model)
             return
+        out.append(self._fail_late(item, now))
+
+    def _fail_late(self, item: Item, now: float) -> tuple[str, Failure]:
         terms = terms_of(self._scheduler.tenants, item.admit.slo_class, item.admit)
-        out.append(
-            self._scheduler.refusing.fail(
-                item, self._scheduler.gate.late(item.admit, terms, None, "slo_ttft", now).error, "slo_ttft", now
-            )
-        )
+        error = self._scheduler.gate.late(item.admit, terms, None, "slo_ttft", now).error
+        return self._scheduler.refusing.fail(item, error, "slo_ttft", now)
 
     def _book(self, item: Item, placement: Placement, now: float, was_backlog: bool) -> Ticket:
         admit = item.admit
@@ -280,13 +288,12 @@ class Placing:
         self._scheduler.fairness.charge(admit.request_id, item.band, admit.tenant, spec.weight, admit.prompt_len, predicted)
         self._scheduler.records.count("placed")
         self._scheduler.records.count("placed_disaggregated" if placement.prefill else "placed_local")
-        is_joint = self._scheduler.placer is self._scheduler.joint
         self._scheduler.explained.note(
             admit.request_id, now, "placed", epoch=item.epoch, decode=placement.decode.info.name,
             prefill=placement.prefill.info.name if placement.prefill else None, waited_s=now - item.queued_at,
             ttft_s=placement.ttft_s, tpot_s=placement.tpot_s or None, cached_tokens=placement.cached,
             expected_output_tokens=placement.expected_output,
         )  # fmt: skip
-        if is_joint:
+        if self._is_joint:
             self._scheduler.explained.saw(admit.request_id, self._scheduler.joint.candidates())
         return ticket_of(item, placement)

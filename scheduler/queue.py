@@ -109,15 +109,11 @@ class Sorted:
         return bisect.bisect_left(self._keys, self._key(item))
 
 
-class Fcfs:
-    """First come, first served; resumptions before everybody else."""
+class ByKey:
+    """An order in which the least key is first. An item's key may not change while it waits."""
 
-    def __init__(self) -> None:
-        self._sorted = Sorted(self.key)
-
-    @staticmethod
-    def key(item: Item) -> Key:
-        return not item.admit.resumption, item.position, item.admit.request_id
+    def __init__(self, key: Callable[[Item], Key]) -> None:
+        self._sorted = Sorted(key)
 
     def add(self, item: Item) -> None:
         self._sorted.add(item)
@@ -132,6 +128,16 @@ class Fcfs:
             yield item
             # It may have been taken out meanwhile; then its successor stands in its place.
             i += i < len(self._sorted) and self._sorted[i] is item
+
+
+def arrival(item: Item) -> Key:
+    """Resumptions before everybody else, whose clients read tokens already."""
+    return not item.admit.resumption, item.position, item.admit.request_id
+
+
+def fcfs() -> ByKey:
+    """First come, first served."""
+    return ByKey(arrival)
 
 
 class Waiting(NamedTuple):

@@ -10,10 +10,9 @@ show.
 
 from __future__ import annotations
 
-import bisect
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from protocol.errors import TenantOverLimit
 from protocol.messages import Admit
@@ -21,7 +20,7 @@ from scheduler.admission import retry_after
 from scheduler.cost import OutputLength
 from scheduler.ledger import WorkerState, blocks_to_reserve
 from scheduler.placement import Blocked, Placement, Refused
-from scheduler.queue import Item
+from scheduler.queue import ByKey, Item
 
 # SGLang's router (sgl-model-gateway), defaults of its cache_aware policy.
 BALANCE_ABS_THRESHOLD, BALANCE_REL_THRESHOLD, CACHE_THRESHOLD = 64, 1.5, 0.3
@@ -56,31 +55,28 @@ class Baseline:
         if prefill is not None and self.holds_back and len(prefill.prefills) >= 2:
             return Blocked.NO_ROOM
         decode = self.choose_decode(admit, roomy, output, now)
-        return self.decide(admit, prefill, decode, cached, output, now)
-
-    def decide(
-        self,
-        admit: Admit,
-        prefill: WorkerState | None,
-        decode: WorkerState,
-        cached: Mapping[str, int],
-        output: OutputLength,
-        now: float,
-    ) -> Placement | Refused:
         at = prefill or decode
         held = cached.get(at.incarnation, 0)
+        refused = self.refuses(admit, at, decode, held, now)
+        if refused is not None:
+            return refused
         prefill_s = at.cost.prefill_s(admit.prompt_len, held) * at.prefill_drift.factor
-        self.dispatched(admit, at, held)
+        self.dispatched(admit, prefill, decode, held)
         return Placement(decode, prefill, held, prefill_s, at.prefill_queue_s(now) + prefill_s, output.expected(admit.max_tokens))
 
-    def dispatched(self, admit: Admit, prefill: WorkerState, cached: int) -> None:
+    def refuses(self, admit: Admit, at: WorkerState, decode: WorkerState, cached: int, now: float) -> Refused | None:
+        """at: who would prefill. Only Mooncake's rule turns anybody away."""
+        return None
+
+    def dispatched(self, admit: Admit, prefill: WorkerState | None, decode: WorkerState, cached: int) -> None:
         """For those that remember."""
 
     def _cached(self, admit: Admit, worker: WorkerState, matches: Mapping[str, int]) -> int:
         return min(matches.get(worker.incarnation, 0) * self.hash_len, admit.prompt_len - 1)
 
     def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
-        raise NotImplementedError
+        """Fewest prompts that wait."""
+        return min(workers, key=lambda w: (len(w.prefills), w.incarnation))
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
         """Fewest requests; most of the papers leave decode to the shortest queue."""
@@ -127,19 +123,10 @@ class RoundRobin(Baseline):
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
         return self._next("decode", workers)
 
-    def decide(
-        self,
-        admit: Admit,
-        prefill: WorkerState | None,
-        decode: WorkerState,
-        cached: Mapping[str, int],
-        output: OutputLength,
-        now: float,
-    ) -> Placement | Refused:
+    def dispatched(self, admit: Admit, prefill: WorkerState | None, decode: WorkerState, cached: int) -> None:
         for worker in (prefill, decode):
             if worker is not None:
                 self._last[worker.info.role] = worker.incarnation
-        return super().decide(admit, prefill, decode, cached, output, now)
 
 
 def _number(incarnation: str) -> tuple[int, str]:
@@ -165,10 +152,7 @@ class Random(Baseline):
 
 
 class JoinShortestQueue(Baseline):
-    """Fewest requests, waiting or running (splitwise-sim: `jsq`)."""
-
-    def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
-        return min(workers, key=lambda w: (len(w.prefills), w.incarnation))
+    """Fewest requests, waiting or running, of both roles (splitwise-sim: `jsq`)."""
 
 
 class TokenJsq(Baseline):
@@ -194,14 +178,14 @@ class CacheAware(Baseline):
         loads = [len(w.prefills) for w in workers]
         low, high = min(loads), max(loads)
         if high - low > BALANCE_ABS_THRESHOLD and high > BALANCE_REL_THRESHOLD * low:
-            return min(workers, key=lambda w: (len(w.prefills), w.incarnation))
+            return super().choose_prefill(admit, workers, cached, now)
         best = max(workers, key=lambda w: (cached[w.incarnation], w.incarnation))
         if cached[best.incarnation] / admit.prompt_len > CACHE_THRESHOLD:
             return best
         return min(workers, key=lambda w: (self._tree[w.incarnation], w.incarnation))
 
-    def dispatched(self, admit: Admit, prefill: WorkerState, cached: int) -> None:
-        self._tree[prefill.incarnation] += admit.prompt_len - cached
+    def dispatched(self, admit: Admit, prefill: WorkerState | None, decode: WorkerState, cached: int) -> None:
+        self._tree[(prefill or decode).incarnation] += admit.prompt_len - cached
 
 
 class Dynamo(Baseline):
@@ -244,31 +228,22 @@ class Mooncake(Baseline):
         self._promise = promise or (lambda admit: (30.0, 0.1))
 
     def choose_prefill(self, admit: Admit, workers: Sequence[WorkerState], cached: Mapping[str, int], now: float) -> WorkerState:
-        return min(workers, key=lambda w: (_ttft_s(admit, w, cached, now), w.incarnation))
+        return min(workers, key=lambda w: (_ttft_s(admit, w, cached[w.incarnation], now), w.incarnation))
 
     def choose_decode(self, admit: Admit, workers: Sequence[WorkerState], output: OutputLength, now: float) -> WorkerState:
         return min(workers, key=lambda w: (_tbt_s(admit, w), w.incarnation))
 
-    def decide(
-        self,
-        admit: Admit,
-        prefill: WorkerState | None,
-        decode: WorkerState,
-        cached: Mapping[str, int],
-        output: OutputLength,
-        now: float,
-    ) -> Placement | Refused:
+    def refuses(self, admit: Admit, at: WorkerState, decode: WorkerState, cached: int, now: float) -> Refused | None:
         max_ttft_s, max_tbt_s = self._promise(admit)
-        ttft_s = _ttft_s(admit, prefill or decode, cached, now)
-        if ttft_s > max_ttft_s or _tbt_s(admit, decode) > max_tbt_s:
-            after = retry_after(max(0.0, ttft_s - max_ttft_s), lambda: 0.0)
-            return Refused(TenantOverLimit("its TTFT or TBT would be missed (Mooncake, Algorithm 1)", retry_after=after))
-        return super().decide(admit, prefill, decode, cached, output, now)
+        ttft_s = _ttft_s(admit, at, cached, now)
+        if ttft_s <= max_ttft_s and _tbt_s(admit, decode) <= max_tbt_s:
+            return None
+        after = retry_after(max(0.0, ttft_s - max_ttft_s), lambda: 0.0)
+        return Refused(TenantOverLimit("its TTFT or TBT would be missed (Mooncake, Algorithm 1)", retry_after=after))
 
 
-def _ttft_s(admit: Admit, worker: WorkerState, cached: Mapping[str, int], now: float) -> float:
-    held = cached.get(worker.incarnation, 0)
-    return worker.prefill_queue_s(now) + worker.cost.prefill_s(admit.prompt_len, held) * worker.prefill_drift.factor
+def _ttft_s(admit: Admit, worker: WorkerState, cached: int, now: float) -> float:
+    return worker.prefill_queue_s(now) + worker.cost.prefill_s(admit.prompt_len, cached) * worker.prefill_drift.factor
 
 
 def _tbt_s(admit: Admit, worker: WorkerState) -> float:
@@ -276,30 +251,6 @@ def _tbt_s(admit: Admit, worker: WorkerState) -> float:
     return worker.cost.decode_s(num_seqs, worker.num_context_tokens + admit.prompt_len) * worker.decode_drift.factor
 
 
-class Edf:
+def edf(deadline: Callable[[Item], float]) -> ByKey:
     """Earliest deadline first, feasible or not; resumptions before everybody else. deadline: of an item, absolute seconds."""
-
-    def __init__(self, deadline: Callable[[Item], float]) -> None:
-        self._deadline = deadline
-        self._keys: list[tuple[bool, float, int, str]] = []
-        self._items: dict[str, Item] = {}
-
-    def _key(self, item: Item) -> tuple[bool, float, int, str]:
-        return not item.admit.resumption, self._deadline(item), item.position, item.admit.request_id
-
-    def add(self, item: Item) -> None:
-        bisect.insort(self._keys, self._key(item))
-        self._items[item.admit.request_id] = item
-
-    def remove(self, item: Item) -> None:
-        del self._items[item.admit.request_id]
-        del self._keys[bisect.bisect_left(self._keys, self._key(item))]
-
-    def __iter__(self) -> Iterator[Item]:
-        # Lazily: what was given already may be removed meanwhile, nothing is added.
-        at = 0
-        while at < len(self._keys):
-            request_id = self._keys[at][3]
-            yield self._items[request_id]
-            if at < len(self._keys) and self._keys[at][3] == request_id:
-                at += 1
+    return ByKey(lambda item: (not item.admit.resumption, deadline(item), item.position, item.admit.request_id))

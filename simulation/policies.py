@@ -14,19 +14,19 @@ import msgspec
 
 from protocol.errors import ConfigError
 from scheduler.cost import OutputLength
-from scheduler.queue import Fcfs, Order
+from scheduler.queue import Order, fcfs
 from scheduler.scheduler import Scheduler
 from simulation.baselines import (
     Baseline,
     CacheAware,
     Dynamo,
-    Edf,
     JoinShortestQueue,
     LMetric,
     Mooncake,
     Random,
     RoundRobin,
     TokenJsq,
+    edf,
 )
 from simulation.cluster import MODEL, Setup
 
@@ -106,7 +106,7 @@ def _baseline(plain: str) -> Callable[[Setup, random.Random], Scheduler]:
             placer = kind(setup.hash_len, is_edf)
 
         def order() -> Order:
-            return Edf(lambda item: item.queued_at + promise(item.admit)[0]) if is_edf else Fcfs()
+            return edf(lambda item: item.queued_at + promise(item.admit)[0]) if is_edf else fcfs()
 
         # Nothing is refused and nobody is sent away for waiting: queues without bounds, as in the papers.
         config = msgspec.structs.replace(

@@ -53,6 +53,17 @@ class Served:
     def status(self) -> dict[str, Any]:
         return json.loads(self.get("/dashboard/data?once=1")[1])["status"]
 
+    def alive(self) -> dict[str, dict[str, Any]]:
+        """Workers that live, by name."""
+        return {worker["name"]: worker for worker in self.status()["workers"] if worker["alive"]}
+
+    def complete(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """Token ids of a greedy completion of the toy model; any error is an error of the test."""
+        body = {"model": "toy", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+        status, answer = self.post("/v1/completions", {**body, "return_token_ids": True}, 150)
+        assert status == 200, answer
+        return answer["choices"][0]["token_ids"]
+
     def is_healthy(self) -> bool:
         with contextlib.suppress(OSError):
             return self.get("/health", 2.0)[0] == 200

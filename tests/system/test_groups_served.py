@@ -23,25 +23,13 @@ pytestmark = [pytest.mark.more, pytest.mark.system, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def alive(served: Served) -> dict[str, dict]:
-    return {w["name"]: w for w in served.status()["workers"] if w["alive"]}
-
-
-def complete(served: Served, prompt: list[int], num_tokens: int) -> list[int]:
-    """Token ids of a greedy completion; any error is an error of the test."""
-    body = {"model": "toy", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
-    status, answer = served.post("/v1/completions", {**body, "return_token_ids": True}, 150)
-    assert status == 200, answer
-    return answer["choices"][0]["token_ids"]
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("groups")
     keys = ("--max-model-len", "1024", "--block-size", "8", "--num-gpu-blocks-override", "256")
     sets = ("--set", "scheduler.disaggregation_threshold=0")
     with serve(folder, "toy", "--prefill-tp", "2", "--decode-tp", "2", *keys, *sets, patience_s=400) as running:
-        running.wait(lambda: len(alive(running)) == 2, 120, "both workers")
+        running.wait(lambda: len(running.alive()) == 2, 120, "both workers")
         yield running
 
 
@@ -51,7 +39,7 @@ def test_each_rank_is_a_process_with_a_name_and_all_is_told(served):
     assert None not in pids.values()
     assert len(set(pids.values())) == 4
     for role in ("prefill", "decode"):
-        row = alive(served)[f"{role}:0"]
+        row = served.alive()[f"{role}:0"]
         assert (row["tp"], row["pp"]) == (2, 1)
         assert row["rank_pids"] == [pids[f"{role}:0"], pids[f"{role}:0/1"]]
     tandem = str(Path(sys.executable).with_name("tandem"))
@@ -74,18 +62,18 @@ def test_nothing_listens_beyond_loopback(served):
 def test_kv_travels_between_the_groups(served):
     prompts = [[(7 * i + j) % 512 for j in range(90)] for i in range(6)]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda prompt: complete(served, prompt, 16), prompts))
+        answers = list(pool.map(lambda prompt: served.complete(prompt, 16), prompts))
     assert answers == [oracle(prompt, 16) for prompt in prompts]
-    served.wait(lambda: alive(served)["decode:0"]["stats"]["transfers"] >= 6, 10, "six transfers")
+    served.wait(lambda: served.alive()["decode:0"]["stats"]["transfers"] >= 6, 10, "six transfers")
 
 
 @pytest.mark.parametrize(("victim", "number"), [("decode:0/1", signal.SIGKILL), ("decode:0", signal.SIGSTOP)])
 def test_a_rank_that_dies_in_mid_stream_costs_no_token(served, victim, number):
     """There is one decode worker: its streams wait until the group is back, and then go on where they were."""
-    before = alive(served)["decode:0"]
+    before = served.alive()["decode:0"]
     prompts = [[(5 * i + j) % 512 for j in range(40)] for i in range(3)]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(complete, served, prompt, 600) for prompt in prompts]
+        running = [pool.submit(served.complete, prompt, 600) for prompt in prompts]
         served.wait(lambda: served.status()["in_flight"]["decoding"] == 3, 30, "three streams")
         pid = served.pid_of(f"tandem:{victim}")
         assert pid is not None
@@ -93,7 +81,7 @@ def test_a_rank_that_dies_in_mid_stream_costs_no_token(served, victim, number):
         struck = time.monotonic()
         served.wait(lambda: not any(map(psutil.pid_exists, before["rank_pids"])), 8, "the group is gone")
         gone = time.monotonic() - struck
-        served.wait(lambda: alive(served).get("decode:0", before)["incarnation"] != before["incarnation"], 120, "it is back")
+        served.wait(lambda: served.alive().get("decode:0", before)["incarnation"] != before["incarnation"], 120, "it is back")
         back = time.monotonic() - struck
         assert [stream.result(timeout=150) for stream in running] == [oracle(prompt, 600) for prompt in prompts]
     print(f"\n{number.name} to {victim} under Serve: the group was gone after {gone:.1f} s and back after {back:.1f} s")
@@ -103,15 +91,15 @@ def test_a_rank_that_dies_in_mid_stream_costs_no_token(served, victim, number):
 
 def test_a_rank_that_gets_sigterm_lets_its_group_drain(served):
     """What runs ends, what comes waits for the next life of the group; the state "draining" is seen at once."""
-    before = alive(served)["decode:0"]
+    before = served.alive()["decode:0"]
     prompts = [[(3 * i + j) % 512 for j in range(40)] for i in range(6)]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        first = [pool.submit(complete, served, prompt, 200) for prompt in prompts[:3]]
+        first = [pool.submit(served.complete, prompt, 200) for prompt in prompts[:3]]
         served.wait(lambda: served.status()["in_flight"]["decoding"] == 3, 30, "three streams")
         os.kill(served.pid_of("tandem:decode:0/1"), signal.SIGTERM)
-        told = served.wait(lambda: alive(served).get("decode:0", {}).get("state") != "ready", 5, "draining")
-        later = [pool.submit(complete, served, prompt, 20) for prompt in prompts[3:]]
-        served.wait(lambda: alive(served).get("decode:0", before)["incarnation"] != before["incarnation"], 120, "it is back")
+        told = served.wait(lambda: served.alive().get("decode:0", {}).get("state") != "ready", 5, "draining")
+        later = [pool.submit(served.complete, prompt, 20) for prompt in prompts[3:]]
+        served.wait(lambda: served.alive().get("decode:0", before)["incarnation"] != before["incarnation"], 120, "it is back")
         assert [stream.result(timeout=150) for stream in first] == [oracle(prompt, 200) for prompt in prompts[:3]]
         assert [stream.result(timeout=150) for stream in later] == [oracle(prompt, 20) for prompt in prompts[3:]]
     assert not any(map(psutil.pid_exists, before["rank_pids"]))
@@ -156,7 +144,7 @@ def scalable(folder: Path) -> Iterator[Scaled]:
     made = Scaled(process, port, log)
     try:
         made.wait(made.is_healthy, 400, "healthy")
-        made.wait(lambda: len(alive(made)) == 4, 120, "four workers")
+        made.wait(lambda: len(made.alive()) == 4, 120, "four workers")
         yield made
     finally:
         children = made.processes()
@@ -180,12 +168,12 @@ def test_scale_in_under_load_costs_no_request(tmp_path):
             while not stop.is_set():
                 prompt = [(number * 31 + count * 7 + j) % 512 for j in range(40)]
                 started = time.monotonic()
-                assert complete(served, prompt, 60) == oracle(prompt, 60)
+                assert served.complete(prompt, 60) == oracle(prompt, 60)
                 slowest[0] = max(slowest[0], time.monotonic() - started)
                 count += 1
             return count
 
-        before = {w["incarnation"] for w in alive(served).values()}
+        before = {w["incarnation"] for w in served.alive().values()}
         with concurrent.futures.ThreadPoolExecutor(6) as pool:
             clients = [pool.submit(client, number) for number in range(6)]
             try:
@@ -193,12 +181,12 @@ def test_scale_in_under_load_costs_no_request(tmp_path):
                 for name in ("Decode", "Prefill"):
                     served.scale(name, 1)
                     role = name.lower()
-                    served.wait(lambda role=role: sum(w["role"] == role for w in alive(served).values()) == 1, 90, f"one {role}")
+                    served.wait(lambda role=role: sum(w["role"] == role for w in served.alive().values()) == 1, 90, f"one {role}")
                     time.sleep(2)
             finally:
                 stop.set()
             counts = [one.result(timeout=120) for one in clients]
         status = served.status()
         print(f"\nscale-in: {sum(counts)} requests, none failed, the slowest took {slowest[0]:.1f} s; {status['counters']}")
-        assert {w["incarnation"] for w in alive(served).values()} < before
+        assert {w["incarnation"] for w in served.alive().values()} < before
         assert status["counters"].get("failed", 0) == 0

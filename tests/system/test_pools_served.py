@@ -26,12 +26,8 @@ COUNTERS = ("num_used_blocks", "num_cached_blocks", "prefix_queries", "prefix_hi
 CODE = "def parse_arguments(argv):\n    parser = argparse.ArgumentParser()\n    parser.add_argument('--name{}')\n" * 3
 
 
-def alive(served: Served) -> dict[str, dict[str, Any]]:
-    return {w["name"]: w for w in served.status()["workers"] if w["alive"]}
-
-
 def counters(served: Served, model: str) -> dict[str, dict[str, int]]:
-    return {name: {c: w["stats"][c] for c in COUNTERS} for name, w in alive(served).items() if w["model"] == model}
+    return {name: {c: w["stats"][c] for c in COUNTERS} for name, w in served.alive().items() if w["model"] == model}
 
 
 def complete(served: Served, body: dict[str, Any]) -> list[int]:
@@ -59,14 +55,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("two")
     (folder / "models.yaml").write_text("also:\n  - toy\nmodel: {name: bundled, kv_cache_bytes: 64MiB}\nscheduler: {drain_s: 5}\n")
     with serve(folder, "--config", "models.yaml", patience_s=180) as running:
-        running.wait(lambda: len(alive(running)) == 4, 60, "four workers")
+        running.wait(lambda: len(running.alive()) == 4, 60, "four workers")
         yield running
 
 
 def test_both_are_named_and_a_third_is_not_found(two: Served) -> None:
     cards = json.loads(two.get("/v1/models")[1])["data"]
     assert [card["id"] for card in cards] == ["bundled", "toy"]
-    assert set(alive(two)) == {"bundled/prefill:0", "bundled/decode:0", "toy/prefill:0", "toy/decode:0"}
+    assert set(two.alive()) == {"bundled/prefill:0", "bundled/decode:0", "toy/prefill:0", "toy/decode:0"}
     status, answer = two.post("/v1/completions", {"model": "third", "prompt": "x"})
     assert status == 404
     assert "served: bundled, toy" in answer["error"]["message"]
@@ -100,17 +96,17 @@ def test_two_models_share_a_cluster_and_neither_touches_the_others_blocks(two: S
 @pytest.mark.more
 def test_a_notice_to_the_only_decode_worker_of_a_model_loses_nothing(two: Served) -> None:
     """Over HTTP; what does not end within the drain waits for the worker that Serve starts in its place."""
-    before = alive(two)["toy/decode:0"]["incarnation"]
+    before = two.alive()["toy/decode:0"]["incarnation"]
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         streams = [pool.submit(toy, two, 300 + i, 2500) for i in range(6)]
-        two.wait(lambda: alive(two)["toy/decode:0"]["ledger"]["decoding"] == 6, 30, "six streams")
+        two.wait(lambda: two.alive()["toy/decode:0"]["ledger"]["decoding"] == 6, 30, "six streams")
         assert two.post("/admin/workers/nobody/notice", {"seconds": 1})[0] == 404
         assert two.post("/admin/workers/toy/decode:0/notice", {"seconds": "soon"})[0] == 400
         status, answer = two.post("/admin/workers/toy/decode:0/notice", {"seconds": 1})
         assert (status, answer) == (202, {"workers": ["toy/decode:0"], "seconds": 1})
         for stream in streams:
             stream.result()
-    two.wait(lambda: alive(two).get("toy/decode:0", {}).get("incarnation", before) != before, 60, "another one in its place")
+    two.wait(lambda: two.alive().get("toy/decode:0", {}).get("incarnation", before) != before, 60, "another one in its place")
     assert two.status()["counters"].get("failed", 0) == 0
     assert two.status()["counters"].get("resumed", 0) >= 1
 
@@ -135,13 +131,13 @@ def fake() -> Iterator[FakeServer]:
 def test_a_burst_spills_over_to_another_server(tmp_path: Path, fake: FakeServer) -> None:
     own = ("--prefill", "0", "--kv-cache-memory-bytes", "64MiB", "--max-num-seqs", "1", "--set", "scheduler.ttft_target_s=0.4")
     with serve(tmp_path, "toy", *own, "--overflow", f"{fake.url},model=m,max_num_seqs=4", patience_s=180) as running:
-        running.wait(lambda: set(alive(running)) == {"decode:0", "overflow:0"}, 60, "both")
+        running.wait(lambda: set(running.alive()) == {"decode:0", "overflow:0"}, 60, "both")
         toy(running, 1)
         assert len(fake.bodies) == 1, "a look at it, and nothing else"
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda i: toy(running, i, 300), range(16)))
         assert 1 < len(fake.bodies) < 17
-        assert alive(running)["decode:0"]["stats"]["generation_tokens"] > 0
+        assert running.alive()["decode:0"]["stats"]["generation_tokens"] > 0
         assert running.status()["counters"].get("failed", 0) == 0
         assert f"overflow to {fake.url}" in running.log.read_text()
 
@@ -186,7 +182,7 @@ def test_a_pool_goes_from_one_to_three_and_back_under_a_step_load(tmp_path: Path
     keys = ["scheduler.scale_up_s=2", "scheduler.scale_down_s=12", "scheduler.drain_s=10", "decode.max_replicas=3"]
     sets = [part for key in keys for part in ("--set", key)]
     with serve(tmp_path, "toy", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "64MiB", *sets, patience_s=180) as running:
-        decoding: Callable[[], list[str]] = lambda: sorted(n for n in alive(running) if n.startswith("decode"))  # noqa: E731
+        decoding: Callable[[], list[str]] = lambda: sorted(n for n in running.alive() if n.startswith("decode"))  # noqa: E731
         light, heavy = Load(running), Load(running)
         light.run(1, 100)
         running.wait(lambda: light.num_done > 5, 30, "the light load")
@@ -196,7 +192,7 @@ def test_a_pool_goes_from_one_to_three_and_back_under_a_step_load(tmp_path: Path
         assert len(set(decoding())) == 3
 
         def all_work() -> bool:
-            found = [worker["ledger"] for name, worker in alive(running).items() if name.startswith("decode")]
+            found = [worker["ledger"] for name, worker in running.alive().items() if name.startswith("decode")]
             return all(ledger["decoding"] + ledger["prefilling"] for ledger in found)
 
         running.wait(all_work, 30, "each of the three has something to do")
@@ -229,18 +225,18 @@ def test_a_worker_changes_its_role_under_serve(tmp_path: Path) -> None:
     sets = [part for key in keys for part in ("--set", f"scheduler.{key}")]
     own = ("--prefill", "2", "--kv-cache-memory-bytes", "64MiB", "--max-num-seqs", "4")
     with serve(tmp_path, "toy", *own, *sets, patience_s=180) as running:
-        running.wait(lambda: len(alive(running)) == 3, 60, "three workers")
-        before = {name: w["pid"] for name, w in alive(running).items()}
+        running.wait(lambda: len(running.alive()) == 3, 60, "three workers")
+        before = {name: w["pid"] for name, w in running.alive().items()}
         load = Load(running)
         load.run(12, 300)
-        roles: Callable[[], list[str]] = lambda: [w["role"] for w in alive(running).values()]  # noqa: E731
+        roles: Callable[[], list[str]] = lambda: [w["role"] for w in running.alive().values()]  # noqa: E731
         took_s = running.wait(lambda: roles().count("decode") == 2, 90, "a second decode worker")
         time.sleep(3)
         load.end()
-        (name,) = alive(running).keys() - before.keys()
+        (name,) = running.alive().keys() - before.keys()
         print(f"\n{name} after {took_s:.1f} s")
-        assert alive(running)[name]["pid"] in before.values()
-        assert alive(running)[name]["stats"]["generation_tokens"] > 0
+        assert running.alive()[name]["pid"] in before.values()
+        assert running.alive()[name]["stats"]["generation_tokens"] > 0
         assert not load.failures
         assert running.status()["counters"].get("failed", 0) == 0
         events = json.loads(running.get("/dashboard/data?once=1")[1])["events"]

@@ -31,12 +31,8 @@ def served(tmp_path_factory):
     for name in ("api", "models"):
         (folder / name / "__init__.py").write_text("raise RuntimeError('the wrong package was imported')\n")
     with serve(folder, "--prefill", "1", "--decode", "1", "--kv-cache-memory-bytes", "256MiB") as running:
-        running.wait(lambda: len(alive(running)) == 2, 60, "both workers")
+        running.wait(lambda: len(running.alive()) == 2, 60, "both workers")
         yield running
-
-
-def alive(served: Served) -> dict[str, dict]:
-    return {w["name"]: w for w in served.status()["workers"] if w["alive"]}
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +65,10 @@ def test_nothing_listens_beyond_loopback(served):
 
 
 def test_kv_travels_and_the_answer_is_the_same_either_way(served, client):
-    before = alive(served)
+    before = served.alive()
     first = client.completions.create(model="bundled", prompt=LONG, max_tokens=24, temperature=0)
     served.wait(
-        lambda: alive(served)["decode:0"]["stats"]["transfers"] > before["decode:0"]["stats"]["transfers"],
+        lambda: served.alive()["decode:0"]["stats"]["transfers"] > before["decode:0"]["stats"]["transfers"],
         10,
         "a transfer",
     )
@@ -179,7 +175,7 @@ def test_a_killed_scheduler_costs_nobody_a_token(served):
         served.wait(lambda: answers(served), 20, "new requests answered")
         print(f"\nscheduler killed: answers after {time.monotonic() - killed:.1f} s")
         assert [stream.result(timeout=120) for stream in streams] == [["length"]] * 6
-    served.wait(lambda: len(alive(served)) == 2, 20, "both workers registered again")
+    served.wait(lambda: len(served.alive()) == 2, 20, "both workers registered again")
     idle(served)
 
 
@@ -187,7 +183,7 @@ def test_a_killed_scheduler_costs_nobody_a_token(served):
 def test_a_killed_worker_costs_no_stream_its_end(served, victim):
     """Under load; new requests are answered within 20 s without a hand, and free blocks return to the starting count."""
     idle(served)
-    before = alive(served)[victim]
+    before = served.alive()[victim]
 
     def one(i: int) -> list[str]:
         """The terminal events of one stream."""
@@ -211,9 +207,9 @@ def test_a_killed_worker_costs_no_stream_its_end(served, victim):
         ends = [stream.result(timeout=180) for stream in streams]
     assert all(len(end) == 1 for end in ends), ends
     print(f"\n{victim} killed: answers after {recovery:.1f} s; ends: {sorted({end[0] for end in ends})}")
-    served.wait(lambda: alive(served).get(victim, before)["incarnation"] != before["incarnation"], 60, f"{victim} is back")
+    served.wait(lambda: served.alive().get(victim, before)["incarnation"] != before["incarnation"], 60, f"{victim} is back")
     idle(served)
-    assert alive(served)[victim]["stats"]["num_free_blocks"] == before["stats"]["num_free_blocks"]
+    assert served.alive()[victim]["stats"]["num_free_blocks"] == before["stats"]["num_free_blocks"]
 
 
 def answers(served: Served) -> bool:

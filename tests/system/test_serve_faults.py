@@ -30,14 +30,6 @@ def alive(served: Served) -> dict[str, dict]:
     return {w["incarnation"]: w for w in served.status()["workers"] if w["alive"]}
 
 
-def complete(served: Served, prompt: list[int], num_tokens: int) -> list[int]:
-    """Token ids of a greedy completion of the toy model; any error is an error of the test."""
-    body = {"model": "toy", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
-    status, answer = served.post("/v1/completions", {**body, "return_token_ids": True}, 150)
-    assert status == 200, answer
-    return answer["choices"][0]["token_ids"]
-
-
 class Clients:
     """Six of them, who ask and compare until they are told to stop."""
 
@@ -56,7 +48,7 @@ class Clients:
             prompt = [(number * 31 + count * 7 + j) % 512 for j in range(40)]
             started = time.monotonic()
             try:
-                tokens = complete(self._served, prompt, self._num_tokens)
+                tokens = self._served.complete(prompt, self._num_tokens)
             except (AssertionError, OSError, ValueError, http.client.HTTPException):
                 if not self._may_break:
                     raise
