@@ -116,9 +116,7 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "recompute"
     speculative_method: Annotated[
         Literal["ngram", "draft"] | None,
-        says(
-            "who guesses tokens that one step then verifies; ngram: the text itself; draft: a model; none: nobody, or speculative_model"
-        ),
+        says("who guesses tokens that a step then verifies; ngram: the text; draft: speculative_model, which implies it"),
     ] = None
     speculative_model: Annotated[
         str | None, says("the draft model, beside each decode worker: a directory or a hub id, of the same tokenizer")

@@ -211,7 +211,7 @@ class Sequences:
 
     def swapped_numbers(self) -> dict[str, int]:
         """By the names of `WorkerStats`."""
-        return {} if self._swap is None else {"swapped_out": self._swap.num_out, "swapped_in": self._swap.num_in}
+        return {} if self._swap is None else self._swap.numbers()
 
     def check_is_empty(self) -> None:
         assert not self._swap

@@ -65,6 +65,11 @@ class Swap:
         if kept is not None:
             self._forget(kept)
 
+    def numbers(self) -> dict[str, int]:
+        """By the names of `WorkerStats`; the tier's too, where the pool does not tell of it."""
+        own = {} if self._pool.tier is self._tier else self._tier.numbers()
+        return {"swapped_out": self.num_out, "swapped_in": self.num_in, **own}
+
     def _forget(self, kept: _Kept) -> None:
         for key in kept.keys.values():
             self._tier.forget(key)

@@ -71,10 +71,11 @@ class DraftModel:
 
     def draft(self, asked: SequenceOf[tuple[Sequence, int]]) -> list[tuple[int, ...]]:
         """One forward pass catches up and guesses a token; each further one guesses one more."""
-        wanted: dict[int, tuple[Sequence, int]] = {}  # id(target) -> its shadow that has caught up, tokens to guess
+        drafts: list[list[int]] = [[] for _ in asked]
         chunks: list[Chunk] = []
+        guessing: list[tuple[Sequence, int, list[int]]] = []  # a shadow that has caught up, tokens to guess, those there are
         left = self._max_tokens
-        for target, count in asked:
+        for (target, count), draft in zip(asked, drafts, strict=True):
             shadow = self._follow(target, count)
             if shadow is None:
                 continue
@@ -86,18 +87,15 @@ class DraftModel:
             ends = chunk_len == missing
             chunks.append(Chunk(shadow, chunk_len, (shadow,) if ends else ()))
             if ends:
-                wanted[id(target)] = (shadow, count)
-        drafts: dict[int, list[int]] = {key: [] for key in wanted}
+                guessing.append((shadow, count, draft))
         while chunks:
             self._run(chunks)
-            chunks = []
-            for key, (shadow, count) in wanted.items():
-                if shadow.num_uncomputed != 1:
-                    continue  # its logits were not finite, or it ended
-                drafts[key].append(shadow.last_token)
-                if len(drafts[key]) < count and shadow.last_token < self._own_vocab_size:
-                    chunks.append(Chunk(shadow, 1, (shadow,)))
-        return [self._known(drafts.get(id(target), ())) for target, _ in asked]
+            said = [one for one in guessing if one[0].num_uncomputed == 1]  # not so where logits were not finite
+            for shadow, _, draft in said:
+                draft.append(shadow.last_token)
+            guessing = [one for one in said if len(one[2]) < one[1] and one[0].last_token < self._own_vocab_size]
+            chunks = [Chunk(shadow, 1, (shadow,)) for shadow, _, _ in guessing]
+        return [self._known(draft) for draft in drafts]
 
     def _known(self, draft: SequenceOf[int]) -> tuple[int, ...]:
         for place, token in enumerate(draft):
