@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import capacity, fairness, fidelity, http, kv, observing, promises, scheduler, serve, simulator, startup
+from bench import capacity, fairness, fidelity, http, kv, observing, promises, scheduler, serve, simulator, speculation, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("capacity", capacity),
         ("fidelity", fidelity),
         ("simulator", simulator),
+        ("speculation", speculation),
         ("promises", promises),
         ("scheduler", scheduler),
     ):
