@@ -87,11 +87,31 @@ def _close(cluster: Any, loop: asyncio.AbstractEventLoop) -> None:
     loop.close()
 
 
+def _speculation(config: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's names -> ours. Raises ConfigError."""
+    known = {
+        "method": "speculative_method",
+        "model": "speculative_model",
+        "num_speculative_tokens": "num_speculative_tokens",
+        "prompt_lookup_max": "prompt_lookup_max",
+        "prompt_lookup_min": "prompt_lookup_min",
+    }
+    for name in config:
+        if name not in known:
+            raise ConfigError(f"speculative_config has no {name!r}; it knows {', '.join(known)}", param="speculative_config")
+    made = {f"decode.{known[name]}": value for name, value in config.items()}
+    if made.get("decode.speculative_method") == "draft_model":
+        made["decode.speculative_method"] = "draft"
+    return made
+
+
 class LLM:
     """A model in this process.
 
     model: "bundled", "toy", a directory, a hub id or "modelscope:ID". prefill, decode: numbers of workers. seed: where the
-    seeds of requests without one come from. Further keyword arguments are configuration keys, as `scheduler__policy="fcfs"`.
+    seeds of requests without one come from. speculative_config: as in vLLM, {"method": "ngram" or "draft_model", "model": ...,
+    "num_speculative_tokens": ..., "prompt_lookup_max": ..., "prompt_lookup_min": ...}. Further keyword arguments are configuration
+    keys, as `scheduler__policy="fcfs"`.
 
     Raises ModelError, ConfigError with a sentence; a bad prompt or parameter raises InvalidRequest from `generate`.
     """
@@ -113,6 +133,7 @@ class LLM:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         device: str = "auto",
+        speculative_config: dict[str, Any] | None = None,
         **keys: Any,
     ) -> None:
         if tensor_parallel_size != 1:
@@ -145,6 +166,7 @@ class LLM:
             "gateway.prefill_timeout_s": 1e6,
             "gateway.token_timeout_s": 1e6,
             "transfer.lease_s": 1e6,
+            **_speculation(speculative_config or {}),
             **{name.replace("__", "."): value for name, value in keys.items()},
         }
         config = load(flags={key: value for key, value in sets.items() if value is not None}, env={}).config

@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         coupling = couple(Path(scratch)) if "coupling" in wanted else []
     for found in coupling:
         print(
-            f"noise {found['noise']:.2f}, temperature {found['temperature']}: right by rejection sampling {found['rejection']:.3f}, by equal "
-            f"random numbers {found['equal_numbers']:.3f}, the draft's best token {found['best_token']:.3f}"
+            f"noise {found['noise']:.2f}, T {found['temperature']}: right by rejection sampling {found['rejection']:.3f}, "
+            f"by equal random numbers {found['equal_numbers']:.3f}, by a race {found['race']:.3f}, "
+            f"the draft's best token {found['best_token']:.3f}"
         )
     return {"model": args.model, "threads": args.threads, "tokens": args.tokens, "rows": rows, "coupling": coupling}
 
@@ -81,8 +82,9 @@ def cases(args: argparse.Namespace, wanted: Sequence[str]) -> list[Case]:
 def line(row: dict[str, Any]) -> str:
     return (
         f"{row['workload']:5} {row['label']:5} noise {row['noise']:.2f} T {row['temperature']:.0f} c{row['concurrency']:<3} "
-        f"{row['plain_tok_s']:7.1f} -> {row['tok_s']:7.1f} tok/s ({row['speed_up']:.2f} x)   accepted {row['accepted_len']:.2f} of a draft of "
-        f"{row['draft_len']:.2f}, {row['per_step']:.2f} tokens a step, drafts in {row['draft_share']:.0%}   same tokens {row['same']:.1%}"
+        f"{row['plain_tok_s']:7.1f} -> {row['tok_s']:7.1f} tok/s ({row['speed_up']:.2f} x)   accepted {row['accepted_len']:.2f} of "
+        f"a draft of {row['draft_len']:.2f}, {row['per_step']:.2f} tokens a step, drafts in {row['draft_share']:.0%}   "
+        f"same tokens {row['same']:.1%}"
     )
 
 
@@ -180,7 +182,8 @@ async def generate(cluster: Any, asked: list[list[int]], case: Case, num_tokens:
 
 def couple(scratch: Path) -> list[dict[str, float]]:
     """Chance that a sampled token of the draft is accepted, over the positions of a text: by rejection sampling (one less the
-    total variation distance), by inverse CDF of one and the same number in both models, and of the draft's best token."""
+    total variation distance), by inverse CDF of one and the same number in both models, by a race of exponential times that both
+    scale by their own probabilities (Daliri et al. 2024), at some positions only, and of the draft's best token."""
     import torch
 
     from bench.stretched import stretch
@@ -201,9 +204,22 @@ def couple(scratch: Path) -> list[dict[str, float]]:
                 "noise": noise, "temperature": temperature,
                 "rejection": float(torch.minimum(p, q).sum(-1).mean()),
                 "equal_numbers": float(overlap.clamp(min=0).sum(-1).mean()),
+                "race": _race(p[::20], q[::20]),
                 "best_token": float(p.gather(1, q.argmax(-1, keepdim=True)).mean()),
             })  # fmt: skip
     return found
+
+
+def _race(p: Any, q: Any) -> float:
+    """Chance that the same token wins both races, mean over rows: the sum over tokens of 1 / sum_w max(p_w / p_v, q_w / q_v)."""
+    import torch
+
+    chances = []
+    for mine, theirs in zip(p, q, strict=True):
+        likely = torch.nonzero(torch.minimum(mine, theirs) > 1e-5)[:, 0]
+        ratios = torch.maximum(mine[None, :] / mine[likely, None], theirs[None, :] / theirs[likely, None])
+        chances.append(float((1 / ratios.sum(-1)).sum()))
+    return statistics.mean(chances)
 
 
 def _log_probabilities(loaded: Any) -> Any:

@@ -125,3 +125,22 @@ def test_a_program_that_never_closes_it_ends_quietly():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "2", "")
+
+
+def test_speculative_config_is_vllms():
+    prompt = {"prompt_token_ids": [1, 2, 3, 4] * 8}
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    with LLM(model="toy") as llm:
+        (plain,) = llm.generate(prompt, params, use_tqdm=False)
+    for config in (
+        {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 1},
+        {"method": "draft_model", "model": "toy", "num_speculative_tokens": 5},
+        {"model": "toy"},
+    ):
+        with LLM(model="toy", speculative_config=config, decode__adapt_speculation=False) as llm:
+            (found,) = llm.generate(prompt, params, use_tqdm=False)
+            stats = llm._cluster.workers[0].stats()
+        assert found.outputs[0].token_ids == plain.outputs[0].token_ids
+        assert stats.accepted_tokens > 10 or "method" in config and config["method"] == "ngram"
+    with pytest.raises(ConfigError, match="speculative_config has no 'eagle'"):
+        LLM(model="toy", speculative_config={"eagle": True})

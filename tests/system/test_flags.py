@@ -205,6 +205,60 @@ async def test_a_preset_reaches_workers_and_scheduler(start, preset):
     assert (decode.max_num_seqs, decode.max_num_batched_tokens, prefill.max_num_batched_tokens, queue) == wanted[preset]
 
 
+# ---- speculation and preemption --------------------------------------------------------------------------------------
+
+
+async def test_who_guesses_and_how_far(start):
+    """ "a b c d" again and again is a prompt that a lookup finds itself in; what is said is what is said without it."""
+    for argv, longest in (
+        (["--speculative-method", "ngram", "--num-speculative-tokens", "3"], 3),
+        (["--speculative-model", "toy", "--num-speculative-tokens", "5"], 5),
+        (["--speculative-method", "draft", "--speculative-model", "toy"], 4),
+    ):
+        async with start(*argv, "--set", "decode.adapt_speculation=false") as made:
+            steps = drafts_of(workers(made, "decode")[0])
+            await several(made, 3, 40, max_tokens=30)
+            repeated = await events_of(made, request([1, 2, 3, 4] * 10, max_tokens=30))
+            assert tokens_of(repeated) == oracle([1, 2, 3, 4] * 10, 30)
+            stats = workers(made, "decode")[0].stats()
+        assert max(map(max, steps), default=0) == (longest if stats.num_drafts else 0)
+        assert stats.num_drafts > 0 or "ngram" in argv
+
+
+async def test_how_many_of_the_last_tokens_are_looked_for(start):
+    argv = ["--speculative-method", "ngram", "--prompt-lookup-max", "3", "--prompt-lookup-min", "3"]
+    async with start(*argv) as made:
+        lookup = workers(made, "decode")[0].drafting.speculator.guesser
+        assert (lookup._shortest, lookup._longest) == (3, 3)
+    async with start("--speculative-method", "ngram", "--set", "decode.adapt_speculation=false") as made:
+        assert workers(made, "decode")[0].drafting.speculator.adapts is False
+    async with start() as made:
+        assert workers(made, "decode")[0].drafting is None
+
+
+async def test_preemption_mode(start):
+    for argv, swaps in ((["--preemption-mode", "swap"], True), (["--preemption-mode", "recompute"], False), ([], False)):
+        async with start(*argv) as made:
+            worker = workers(made, "decode")[0]
+            assert (worker._sequences._swap is not None) == swaps
+            if swaps:  # nobody said how much host memory, so it is as much as the pool
+                assert worker.pool.tier.num_slots == worker.pool.num_blocks
+            await several(made, 2, 20)
+
+
+def drafts_of(worker: Any) -> list[list[int]]:
+    """From now on: the lengths of each step's drafts."""
+    steps: list[list[int]] = []
+    run = worker.runner.run
+
+    def recorded(chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append([len(chunk.draft) for chunk in chunks])
+        return run(chunks, *args, **kwargs)
+
+    worker.runner.run = recorded
+    return steps
+
+
 # ---- blocks and caches -----------------------------------------------------------------------------------------------
 
 
@@ -523,6 +577,8 @@ def test_every_key_is_read_somewhere():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     read.add((ast.unparse(node.value).rsplit(".", 1)[-1].lstrip("_"), node.attr))
+    if ("decode", "speculation") in read:  # likewise, of who guesses
+        read.add(("decode", "speculative_method"))
     if ("config", "parallel") in read:  # what configs/ itself makes of tp and pp
         read |= {(role, name) for role in ("prefill", "decode") for name in ("tp", "pp")}
     for attribute, keys in (("fewest", ["min_replicas"]), ("most", ["max_replicas"])):  # likewise, of a pool of either role
