@@ -141,9 +141,10 @@ def test_a_killed_worker_is_told_of_and_returns(browser: Any, served: Served) ->
     assert set(load.ends) <= {"length", "stop"}, load.ends  # not one stream was lost
 
 
-# Length of the answer and number of tokens in the waterfall at every change of either. A timer would see little of it: where two cores
-# serve, load and show at once, a page may get no turn for half a second.
-WATCH_THE_ANSWER = """() => { window.watched = []; const answer = document.getElementById("answer"), fall = document.getElementById("play-fall");
+# Length of the answer and number of tokens in the waterfall at every change of either. A timer would see little of it: where two
+# cores serve, load and show at once, a page may get no turn for half a second.
+WATCH_THE_ANSWER = """() => { window.watched = [];
+  const answer = document.getElementById("answer"), fall = document.getElementById("play-fall");
   const look = new MutationObserver(() => watched.push([answer.textContent.length, fall.querySelectorAll(".tick").length]));
   look.observe(answer, {childList: true, characterData: true, subtree: true}); look.observe(fall, {childList: true}); }"""
 
