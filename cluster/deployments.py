@@ -22,6 +22,7 @@ from cluster.ray_ranks import RaySpawn
 from cluster.sizes import SCHEDULER
 from cluster.wire import SocketNetwork
 from configs.schema import Config
+from kvtransfer.listening import bind_of
 from protocol.errors import WorkerLost
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class SchedulerActor:
         async with self._lock:
             if self._network is None:
                 self._sizes = Sizes(self._config)
-                network = SocketNetwork("scheduler", self._secret, self._config.transfer.bind_host)
+                network = SocketNetwork("scheduler", self._secret, *bind_of(self._config.transfer))
                 clock = time.monotonic  # uvloop rounds its own clock to milliseconds
                 path = self._config.scheduler.tenants_file
                 names = ",".join(one.served_name for one in self._config.each())  # its series are of all models together
@@ -137,10 +138,10 @@ class WorkerReplica:
         index = await _worker_index(role, config, config_json, secret)
         name = f"{config.prefix}{role}:{index}"
         begin(name)
-        keep_serve_inside(config.transfer.bind_host)
+        keep_serve_inside()
 
         def renew() -> tuple[SocketNetwork, SchedulerFinder]:
-            network = SocketNetwork(name, secret, config.transfer.bind_host)
+            network = SocketNetwork(name, secret, *bind_of(config.transfer))
             return network, SchedulerFinder(config_json, secret, network)
 
         network, find = renew()
@@ -172,8 +173,8 @@ class OverflowReplica:
         config = config_here(config_json)
         name = f"overflow:{number}"
         begin(name)
-        keep_serve_inside(config.transfer.bind_host)
-        network = SocketNetwork(name, secret, config.transfer.bind_host)
+        keep_serve_inside()
+        network = SocketNetwork(name, secret, *bind_of(config.transfer))
         find = SchedulerFinder(config_json, secret, network)
         try:
             self._life = OverflowLife(config, number, secret, network, find)
@@ -228,9 +229,9 @@ class GatewayReplica:
         config = config_here(config_json)
         index = _replica_index()
         begin(f"gateway:{index}")
-        keep_serve_inside(config.transfer.bind_host)
+        keep_serve_inside()
         gateway_id = new_gateway_id(index)
-        network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)
+        network = SocketNetwork(gateway_id, secret, *bind_of(config.transfer))
         find = SchedulerFinder(config_json, secret, network)
         try:
             self._door = Door(config, network, find, gateway_id, secret, _observers(config), proxy_names_requests=True)

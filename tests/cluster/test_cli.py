@@ -52,6 +52,8 @@ OTHER = {
     "--scheduling-policy": "fair",
     "--tenants": "t.yaml",
     "--kv-transport": "tcp",
+    "--bind-host": "10.1.0.0/16",
+    "--port-range": "20000-20999",
 }
 
 
