@@ -71,9 +71,10 @@ def test_our_own_sockets_are_on_the_interface_and_within_the_ports_that_were_giv
     """Beside them a process of ours has what Ray and Serve open in it: two ports, on loopback as well."""
     found: dict[str, list[tuple[str, int]]] = {}
     for process in served.processes():
-        if process.name().startswith("tandem:"):
+        title = (process.cmdline() or [""])[0]
+        if title.startswith("tandem:"):
             connections = process.net_connections(kind="tcp")
-            found[process.name()] = [tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN]
+            found[title] = [tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN]
     for name in ("scheduler", "gateway", "prefill", "decode"):
         (listening,) = (ports for title, ports in found.items() if name in title)
         ours = [address for address in listening if 28800 <= address[1] <= 28839]
