@@ -43,6 +43,9 @@ class Running:
     def complete(self, prompt: str = "def add(a, b):", max_tokens: int = 16) -> tuple[int, Any]:
         return self.ask("/v1/completions", {"model": "bundled", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0})
 
+    def workers(self) -> Any:
+        return self.ask("/dashboard/data?once=1")[1]["status"]["workers"]
+
     def apply(self, config: Any) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(config) + "\n")
@@ -83,13 +86,18 @@ def test_it_answers_with_the_pods_key_and_not_without(running: Running) -> None:
     status, answer = running.complete()
     assert (status, answer["usage"]["completion_tokens"]) == (200, 16)
     assert running.ask("/v1/models", key=None)[0] == 401
-    rows = running.ask("/dashboard/data?once=1")[1]["status"]["workers"]
-    assert sorted(row["name"] for row in rows if row["alive"]) == ["decode:0", "decode:1", "prefill:0"]
+    expected = ["decode:0", "decode:1", "prefill:0"]
+    deadline = time.monotonic() + 60  # ready is as soon as one of them is
+    while (names := sorted(row["name"] for row in running.workers() if row["alive"])) != expected:
+        assert time.monotonic() < deadline, names
+        time.sleep(0.5)
 
 
 def test_nothing_of_ours_runs_on_the_head(running: Running) -> None:
     ours = {name: node for name, node in running.where.items() if "tandem" in name}
-    kinds = {kind: [node for name, node in ours.items() if kind in name] for kind in ("scheduler", "#Gateway", "#Decode", "#Prefill")}
+    kinds = {
+        kind: [node for name, node in ours.items() if kind in name] for kind in ("scheduler", "#Gateway", "#Decode", "#Prefill")
+    }
     assert [len(nodes) for nodes in kinds.values()] == [1, 2, 2, 1], ours
     assert kinds["#Prefill"] == ["prefill-0"]
     assert sorted(kinds["#Decode"]) == ["decode-0", "decode-1"]

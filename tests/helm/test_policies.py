@@ -261,9 +261,12 @@ def test_the_policy_lists_every_port_that_ray_and_tandem_were_given() -> None:
             if option.endswith("-port") and option != "metrics-export-port":  # that one is monitoring's
                 assert any(low <= int(value) <= high for low, high in ranges), option
     assert (21000, 21099) in ranges
-    assert {
-        port["name"]: port["containerPort"] for port in head(found["RayService"])["containers"][0]["ports"]
-    } == {"gcs": 6379, "dashboard": 8265, "serve": 8000, "metrics": 8080}
+    assert {port["name"]: port["containerPort"] for port in head(found["RayService"])["containers"][0]["ports"]} == {
+        "gcs": 6379,
+        "dashboard": 8265,
+        "serve": 8000,
+        "metrics": 8080,
+    }
 
 
 def test_a_pod_has_longer_than_its_workers_take_to_drain() -> None:
