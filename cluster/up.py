@@ -26,6 +26,7 @@ from protocol.errors import ConfigError, TandemError
 JOIN_TIMEOUT_S = 900.0  # of all machines; each installs first
 READY_TIMEOUT_S = 600.0
 LEAVE_S = 30.0
+PLACEHOLDER = "the key that tandem up makes"
 SERVE_FILE = "~/.tandem/serve.yaml"
 
 
