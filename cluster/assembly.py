@@ -32,6 +32,7 @@ from engine.step_log import StepLog, path_for
 from kvtransfer.group import Connector, RankTransfers
 from kvtransfer.layout import Place, rank_layout
 from kvtransfer.link import make_receivers, usable
+from kvtransfer.listening import ANY, Ports, bind_of, listen
 from kvtransfer.pool import KVPool
 from kvtransfer.process import boot_id, start_ticks
 from kvtransfer.receiving import GroupReceivers, RankCaller, RankReceivers
@@ -110,9 +111,9 @@ def num_threads(config: Config, role: str) -> int:
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-def open_store(host: str) -> tuple[TCPStore, int]:
+def open_store(host: str, ports: Ports = ANY) -> tuple[TCPStore, int]:
     """The leader's store, on a socket that we bind: torch's own would listen on every interface. -> store, port."""
-    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener = listen(host, ports)
     port = listener.getsockname()[1]
     store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, port
@@ -131,7 +132,7 @@ def join_group(config: Config, store: Store, group_id: str, shard: Shard) -> Gro
         shard.parallel,
         timeout_s=GROUP_TIMEOUT_S,
         join_timeout_s=JOIN_TIMEOUT_S,
-        hostname=config.transfer.bind_host,
+        hostname=bind_of(config.transfer).host,
         device="cpu" if on_cpu else choose_device(config.model.device),
     )
 
@@ -210,9 +211,11 @@ def place_of(engine: Engine) -> Place:
 
 
 def rank_receivers(parts: Parts, transports: tuple[str, ...]) -> RankReceivers:
-    kv, host = parts.engine.kv, parts.config.transfer.bind_host
+    kv, (host, ports) = parts.engine.kv, bind_of(parts.config.transfer)
     place = place_of(parts.engine)
-    receivers = make_receivers(kv, usable(transports, kv), parts.secret, host, incarnation=parts.incarnation, place=place)
+    receivers = make_receivers(
+        kv, usable(transports, kv), parts.secret, host, incarnation=parts.incarnation, place=place, ports=ports
+    )
     return RankReceivers(kv, receivers, parts.verify_compute, place)
 
 

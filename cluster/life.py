@@ -21,6 +21,7 @@ from cluster.agent import Agent, new_incarnation, tell_phase
 from cluster.group import LOST_RANK, Leader, Spawn
 from cluster.orders import Order, OrderedNetwork
 from configs.schema import Config
+from kvtransfer.listening import bind_of
 from kvtransfer.process import boot_id, start_ticks
 from protocol.errors import Draining, GroupBroken, TandemError, TransferFailed, Unsupported
 from protocol.kv import ProcessRef
@@ -84,7 +85,7 @@ class WorkerLife:
         self._leader: Leader | None = None
         if self._parallel.num_ranks > 1:
             assert spawn is not None, f"{self.name} is {self._parallel} and nobody says how ranks are started"
-            self._leader = Leader(self.name, self._parallel, secret, config.transfer.bind_host, spawn, end_at_once, self.leave)
+            self._leader = Leader(self.name, self._parallel, secret, bind_of(config.transfer), spawn, end_at_once, self.leave)
 
     @property
     def is_over(self) -> bool:
@@ -148,8 +149,8 @@ class WorkerLife:
     async def _load_as_leader(self, assembly: Any, leader: Leader) -> tuple[Engine, Any]:
         """Our part of it, while the others load theirs."""
         config, role, parallel = self._config, self._role, self._parallel
-        host = config.transfer.bind_host
-        store, port = await self._in_engine_thread(lambda: assembly.open_store(host))
+        host, ports = bind_of(config.transfer)
+        store, port = await self._in_engine_thread(lambda: assembly.open_store(host, ports))
         config_json = msgspec.json.encode(config)
         transports = assembly.transports_of(config)
         leader.set_up(RankSetup(config_json, role, self.incarnation, parallel, host, port, transports, this_process()))

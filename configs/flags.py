@@ -85,6 +85,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("scheduler.tenants_file", "--tenants", "FILE"),
     # transfer
     Flag("transfer.transport", "--kv-transport"),
+    Flag("transfer.bind_host", "--bind-host", "ADDRESS"),
+    Flag("transfer.port_range", "--port-range", "LOW-HIGH"),
 )
 BY_KEY: dict[str, Flag] = {flag.key: flag for flag in FLAGS}
 

@@ -195,7 +195,12 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = "auto"
     lease_s: Annotated[Seconds, says("decode holds reserved blocks so long for a prefill")] = 30.0
     timeout_s: Annotated[Seconds, says("one transfer, from its last block computed to verified")] = 30.0
-    bind_host: Annotated[Text, says("address of KV and control sockets; several hosts need one they can reach")] = "127.0.0.1"
+    bind_host: Annotated[
+        Text, says("address of KV and control sockets, or a network (10.0.0.0/16) or interface in which each host has one")
+    ] = "127.0.0.1"
+    port_range: Annotated[
+        str | None, says("ports of KV and control sockets, as 20000-20999, for firewalls; none: any free ones")
+    ] = None
     verify: Annotated[Literal[True], says("check every block's digest before decode reads it")] = True
 
 

@@ -47,6 +47,8 @@ OTHER = {
     "gateway.port": "8123",
     "gateway.api_key": "secret",
     "transfer.transport": "tcp",
+    "transfer.bind_host": "10.1.0.0/16",
+    "transfer.port_range": "20000-20999",
 }
 
 
