@@ -21,6 +21,7 @@ from kernels.softmax_walk import absorb, capped, factors
 
 MAX_SPLITS = 32  # of one sequence: bounds the scratch space and the second launch
 MIN_SPLIT_LEN = 64  # tokens; shorter contexts are one program per KV head
+NUM_STAGES = 5  # of the walk: block numbers, two tiles on the way, one at work
 
 
 def tile_len(head_dim: int, itemsize: int) -> int:
@@ -41,6 +42,7 @@ def paged_decode_attention(
     kv_scales: torch.Tensor | None = None,
     max_splits: int = MAX_SPLITS,
     min_split_len: int = MIN_SPLIT_LEN,
+    num_stages: int = NUM_STAGES,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q K^T) V for the newest num_queries tokens of each sequence, whose own K and V are already in the pool.
@@ -106,7 +108,7 @@ def paged_decode_attention(
         CAPPED=soft_cap is not None,
         SCALED=kv_scales is not None,
         num_warps=4,
-        num_stages=3,
+        num_stages=num_stages if q.element_size() <= 2 else 2,
         **split,
         **shape,
     )

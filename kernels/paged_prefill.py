@@ -61,6 +61,8 @@ def paged_prefill_attention(
     assert query_starts.dtype == torch.int32, f"query_starts must be int32, not {query_starts.dtype}"
     assert block_tables.shape[0] == num_spans, "block_tables and seq_lens differ in sequences"
     group = num_heads // num_kv_heads
+    if q.dtype == torch.float32:
+        tile_rows = min(tile_rows, 32)  # no tensor cores: more would not fit into registers
     tile_rows = max(16, triton.next_power_of_2(group), tile_rows)
     tile_queries = tile_rows // group
     inner, outer = factors(scale, soft_cap)
