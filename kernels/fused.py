@@ -1,8 +1,8 @@
 """What lies between the matrix products of a decoder layer, in few passes over memory, in Triton.
 
-    add_rms_norm   residual + x, and its RMSNorm                    one read of each, two writes
-    silu_mul       silu(gate) * up
-    finish_qkv     norm of q and k heads, rotary embedding, and K and V into their blocks, after the qkv product
+    add_rms_norm      residual + x, and its RMSNorm, one read of each, two writes
+    silu_mul          silu(gate) * up
+    rotate_and_write  norm of q and k heads, rotary embedding, and K and V into their blocks, after the qkv product
 
 Called by `kernels/cuda_ops.py` for tensors on a GPU (it needs triton); twins in reference.py and reference_fused.py. Every row
 is computed by itself, in float32, so no result depends on the batch. Nothing here waits for the GPU.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 TILE_WIDTH = 1024  # of silu_mul, per program
-TILE_HEADS = 8  # of finish_qkv, per program
+TILE_HEADS = 8  # of rotate_and_write, per program
 
 
 def add_rms_norm(
@@ -50,7 +50,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def finish_qkv(
+def rotate_and_write(
     qkv: torch.Tensor,
     turn: torch.Tensor,
     q_norm: torch.Tensor | None,
@@ -60,15 +60,14 @@ def finish_qkv(
     slots: torch.Tensor,
     num_heads: int,
     kv_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """From the qkv product to q, with K and V in the pool.
+) -> None:
+    """What lies between a layer's first product and its attention: q and k in place, K and V into the pool.
 
-    qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous, left as it is; turn complex64 [num_tokens, 1,
+    qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous; turn complex64 [num_tokens, 1,
     head_dim / 2] (`ops.rotation`), by which neighbouring pairs of q and k are turned; q_norm, k_norm [head_dim] or None: RMSNorm
     of each head before that. kv_layer [num_blocks, 2, num_kv_heads, block_size, head_dim], contiguous. slots [num_tokens] int64:
     block * block_size + place in the block; a negative one is a row of padding, whose K and V go nowhere. kv_scales float32 [2,
     num_kv_heads] with a float8_e4m3fn pool: what its numbers are to be multiplied by; larger values saturate.
-    Returns q [num_tokens, num_heads, head_dim].
     """
     num_tokens = qkv.shape[0]
     num_kv_heads, block_size, head_dim = kv_layer.shape[2:]
@@ -82,18 +81,16 @@ def finish_qkv(
     assert slots.dtype == torch.int64, f"slots must be int64, not {slots.dtype}"
     assert (q_norm is None) == (k_norm is None), "q and k are normalised both or neither"
     assert (kv_scales is not None) == (kv_layer.dtype == torch.float8_e4m3fn), "kv_scales belong to a float8_e4m3fn pool"
-    q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
-        return q
+        return
     angles = torch.view_as_real(turn)
-    _finish_qkv[(num_tokens, triton.cdiv(num_all, TILE_HEADS))](
+    _rotate_and_write[(num_tokens, triton.cdiv(num_all, TILE_HEADS))](
         qkv,
         angles,
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
         angles if kv_scales is None else kv_scales,
         slots,
-        q,
         kv_layer,
         eps,
         slots.stride(0),
@@ -107,7 +104,6 @@ def finish_qkv(
         TILE_HEADS=TILE_HEADS,
         num_warps=4,
     )
-    return q
 
 
 def _warps(tile: int) -> int:
@@ -143,14 +139,13 @@ def _silu_mul(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, TILE: tl.constexpr):  #
 
 
 @triton.jit
-def _finish_qkv(  # type: ignore[no-untyped-def]
+def _rotate_and_write(  # type: ignore[no-untyped-def]
     qkv_ptr,  # [num_tokens, NUM_HEADS + 2 * NUM_KV_HEADS, 2 * HALF_DIM]
     turn_ptr,  # [num_tokens, HALF_DIM, 2] float32: cosine and sine
     q_norm_ptr,  # [2 * HALF_DIM]
     k_norm_ptr,
     scales_ptr,  # [2, NUM_KV_HEADS] float32 where SCALED
     slots_ptr,  # [num_tokens] int64
-    q_ptr,  # [num_tokens, NUM_HEADS, 2 * HALF_DIM]
     kv_ptr,  # [num_blocks, 2, NUM_KV_HEADS, BLOCK_SIZE, 2 * HALF_DIM]
     eps,
     slots_stride,
@@ -172,7 +167,8 @@ def _finish_qkv(  # type: ignore[no-untyped-def]
     is_pair = pair < HALF_DIM
     dim = tl.arange(0, 2 * TILE_HALF)
     inside = (head < ALL_HEADS)[:, None] & (dim < HEAD_DIM)[None, :]
-    x = tl.load(qkv_ptr + (token * ALL_HEADS + head[:, None]) * HEAD_DIM + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = qkv_ptr + (token * ALL_HEADS + head[:, None]) * HEAD_DIM + dim[None, :]
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     is_query = head < NUM_HEADS
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     if NORMS:
@@ -187,8 +183,7 @@ def _finish_qkv(  # type: ignore[no-untyped-def]
     sin = tl.load(turn_at + 1, mask=is_pair, other=0.0)[None, :]
     turned = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), [TILE_HEADS, 2 * TILE_HALF])
     x = tl.where(is_value[:, None], x, turned)
-    q_at = q_ptr + (token * NUM_HEADS + head[:, None]) * HEAD_DIM + dim[None, :]
-    tl.store(q_at, x.to(q_ptr.dtype.element_ty), mask=inside & is_query[:, None])
+    tl.store(at, x.to(qkv_ptr.dtype.element_ty), mask=inside & (~is_value)[:, None])
 
     slot = tl.load(slots_ptr + token * slots_stride)
     if slot < 0:

@@ -13,7 +13,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return hidden, rms_norm(hidden, weight, eps)
 
 
-def finish_qkv(
+def rotate_and_write(
     qkv: Tensor,
     turn: Tensor,
     q_norm: Tensor | None,
@@ -24,7 +24,7 @@ def finish_qkv(
     num_heads: int,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """q; K and V are written into kv_layer, token by token. slots: block * block_size + place, negative for nowhere."""
+    """What qkv becomes; K and V are written into kv_layer, token by token. slots: block * block_size + place, negative for nowhere."""
     num_kv_heads, block_size, head_dim = kv_layer.shape[2:]
     q, k, v = qkv.double().view(len(qkv), -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
@@ -37,7 +37,7 @@ def finish_qkv(
         if kv_scales is not None:
             both = (both / kv_scales.double()[:, :, None]).clamp(-448.0, 448.0)
         kv_layer[slot // block_size, :, :, slot % block_size] = both.float().to(kv_layer.dtype)
-    return q.to(qkv.dtype)
+    return torch.cat((q, k, v), 1).flatten(1).to(qkv.dtype)
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:

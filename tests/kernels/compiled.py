@@ -104,14 +104,14 @@ def prefill(dtype: torch.dtype = bf16, **more: Any) -> None:
     paged_prefill_attention(torch.zeros(64, 32, 128, dtype=dtype), pool, tables, starts, lens, 0.1, **more)
 
 
-def finish(norms: bool, **more: Any) -> None:
-    from kernels.fused import finish_qkv
+def rotate(norms: bool, **more: Any) -> None:
+    from kernels.fused import rotate_and_write
 
     norm = torch.ones(128, dtype=bf16) if norms else None
     pool = _pool(torch.float8_e4m3fn if "kv_scales" in more else bf16)
     turn = torch.zeros(16, 1, 64, dtype=torch.complex64)
     slots = torch.zeros(16, dtype=torch.int64)
-    finish_qkv(torch.zeros(16, 48 * 128, dtype=bf16), turn, norm, norm, 1e-6, pool, slots, 32, **more)
+    rotate_and_write(torch.zeros(16, 48 * 128, dtype=bf16), turn, norm, norm, 1e-6, pool, slots, 32, **more)
 
 
 def norms(width: int = 4096) -> None:
@@ -133,8 +133,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "prefill fp32": lambda: prefill(f32),
     "prefill fp8 kv": lambda: prefill(kv_scales=_SCALES),
     "prefill window cap": lambda: prefill(window=100, soft_cap=30.0),
-    "finish": lambda: finish(norms=False),
-    "finish norms fp8": lambda: finish(norms=True, kv_scales=_SCALES),
+    "rotate": lambda: rotate(norms=False),
+    "rotate norms fp8": lambda: rotate(norms=True, kv_scales=_SCALES),
     "norms": norms,
 }
 

@@ -65,7 +65,6 @@ def check_qkv(heads: tuple[int, int], head_dim: int, block_size: int, dtype: tor
     num_heads, num_kv_heads = heads
     slots = [3 * block_size, 0, -1, 2 * block_size - 1, 4 * block_size + block_size // 2]
     qkv = random(len(slots), (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
-    before = qkv.clone()
     positions = torch.tensor([0, 1, 5, 77, 4001], device=DEVICE)
     turn = ops.rotation(positions, (10_000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2))).to(DEVICE))
     q_norm, k_norm = (random(head_dim, seed=s, dtype=dtype) if norms else None for s in (1, 2))
@@ -73,11 +72,10 @@ def check_qkv(heads: tuple[int, int], head_dim: int, block_size: int, dtype: tor
     pool = torch.full((6, 2, num_kv_heads, block_size, head_dim), -7.0, device=DEVICE)
     pool = pool.to(torch.float8_e4m3fn if fp8 else dtype)
     wanted_pool = pool.clone()
-    wanted = reference_fused.finish_qkv(qkv, turn, q_norm, k_norm, 1e-6, wanted_pool, slots, num_heads, scales)
+    wanted = reference_fused.rotate_and_write(qkv, turn, q_norm, k_norm, 1e-6, wanted_pool, slots, num_heads, scales)
     wide = torch.tensor(slots, device=DEVICE)[:, None].repeat(1, 3)  # a column of something wider
-    got = fused.finish_qkv(qkv, turn, q_norm, k_norm, 1e-6, pool, wide[:, 0], num_heads, scales)
-    assert torch.equal(qkv, before)
-    assert error(got, wanted) < TOLERANCE[dtype]
+    fused.rotate_and_write(qkv, turn, q_norm, k_norm, 1e-6, pool, wide[:, 0], num_heads, scales)
+    assert error(qkv, wanted) < TOLERANCE[dtype]
     untouched = wanted_pool.float() == -7.0
     assert torch.equal(pool.float() == -7.0, untouched), "what is not this batch's was written, or a row was not"
     # To e4m3 the interpreter truncates, a GPU rounds, and that may fall either way.
@@ -88,34 +86,34 @@ def check_qkv(heads: tuple[int, int], head_dim: int, block_size: int, dtype: tor
 @pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
-def test_finish_qkv(dtype: torch.dtype, norms: bool) -> None:
+def test_rotate_and_write(dtype: torch.dtype, norms: bool) -> None:
     check_qkv((4, 2), 16, 4, dtype, norms, fp8=False)
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "block_size"), [((1, 1), 2, 1), ((9, 3), 60, 3), ((8, 1), 128, 16), ((20, 5), 10, 7)])
-def test_finish_qkv_shapes(heads: tuple[int, int], head_dim: int, block_size: int) -> None:
+def test_rotate_and_write_shapes(heads: tuple[int, int], head_dim: int, block_size: int) -> None:
     check_qkv(heads, head_dim, block_size, torch.float32, norms=True, fp8=False)
 
 
 @pytest.mark.parametrize("norms", [False, True])
-def test_finish_qkv_into_an_fp8_pool(norms: bool) -> None:
+def test_rotate_and_write_into_an_fp8_pool(norms: bool) -> None:
     """Scales so small that some values saturate."""
     check_qkv((4, 2), 16, 4, torch.float32, norms, fp8=True)
 
 
-def test_finish_qkv_is_what_the_model_does_in_steps() -> None:
+def test_rotate_and_write_is_what_the_model_does_in_steps() -> None:
     """The door's separate operations, one after the other, on the CPU."""
     num_heads, num_kv_heads, dim = 4, 2, 16
     qkv = random(3, (num_heads + 2 * num_kv_heads) * dim)
+    stepped = qkv.clone().view(3, -1, dim)
     turn = ops.rotation(torch.tensor([4, 9, 2], device=DEVICE), (10_000.0 ** (-torch.arange(8) / 8)).to(DEVICE))
     q_norm, k_norm = random(dim, seed=1), random(dim, seed=2)
     pool = torch.zeros(2, 2, num_kv_heads, 4, dim, device=DEVICE)
-    q = fused.finish_qkv(qkv, turn, q_norm, k_norm, 1e-6, pool, torch.tensor([1, 2, 5], device=DEVICE), num_heads)
-    stepped = qkv.clone().view(3, -1, dim)
+    fused.rotate_and_write(qkv, turn, q_norm, k_norm, 1e-6, pool, torch.tensor([1, 2, 5], device=DEVICE), num_heads)
     stepped[:, :4] = ops.rms_norm(stepped[:, :4], q_norm, 1e-6)
     stepped[:, 4:6] = ops.rms_norm(stepped[:, 4:6], k_norm, 1e-6)
     ops.rotate(stepped[:, :6], turn)
-    assert error(q, stepped[:, :4]) < 1e-6
+    assert error(qkv.view_as(stepped), stepped) < 1e-6
     written = torch.stack((pool[0, :, :, 1], pool[0, :, :, 2], pool[1, :, :, 1]))
     assert error(written, stepped[:, 4:].view(3, 2, num_kv_heads, dim)) < 1e-6
 
