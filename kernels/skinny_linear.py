@@ -126,7 +126,7 @@ def _check(
     return in_width // num_groups
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # it differs from step to step
 def _linear(  # type: ignore[no-untyped-def]
     x_ptr,  # [rows, IN]
     weight_ptr,  # [OUT, IN], or [OUT, IN / 2] bytes
@@ -206,7 +206,7 @@ def _linear(  # type: ignore[no-untyped-def]
         tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * rows * OUT + place, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # it differs from step to step
 def _add_splits(  # type: ignore[no-untyped-def]
     sums_ptr,  # [SPLITS, rows, OUT] float32
     scale_ptr,

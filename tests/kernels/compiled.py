@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,19 @@ def norms(width: int = 4096) -> None:
     silu_mul(x)
 
 
+def linear(kind: str, rows: int, out: int = 4096, inner: int = 4096) -> None:
+    from kernels.skinny_linear import skinny_linear
+
+    x, scale = torch.zeros(rows, inner, dtype=bf16), torch.ones(out)
+    made = {
+        "plain": lambda: {"weight": torch.zeros(out, inner, dtype=bf16)},
+        "int8": lambda: {"weight": torch.zeros(out, inner, dtype=torch.int8), "scale": scale},
+        "fp8": lambda: {"weight": torch.zeros(out, inner).to(torch.float8_e4m3fn), "scale": scale},
+        "int4": lambda: {"weight": torch.zeros(out, inner // 2, dtype=torch.uint8), "scale": torch.ones(out, inner // 128)},
+    }[kind]()
+    skinny_linear(x, **made)
+
+
 _SCALES = torch.ones(2, 8)
 CALLS: dict[str, Callable[[], None]] = {
     "decode": decode,
@@ -136,6 +150,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "rotate": lambda: rotate(norms=False),
     "rotate norms fp8": lambda: rotate(norms=True, kv_scales=_SCALES),
     "norms": norms,
+    **{f"linear {kind} {rows}": partial(linear, kind, rows) for kind in ("plain", "int8", "fp8", "int4") for rows in (1, 64)},
 }
 
 
