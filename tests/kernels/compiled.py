@@ -136,6 +136,18 @@ def linear(kind: str, rows: int, out: int = 4096, inner: int = 4096) -> None:
     skinny_linear(x, **made)
 
 
+def sampling(penalised: bool) -> None:
+    from kernels.sampling import SamplingInputs, sample
+
+    ones, numbers = torch.ones(4), torch.zeros(4, dtype=torch.int64)
+    more = {"counts": torch.zeros(4, 151936, dtype=i32), "slots": numbers, "repetition": ones, "frequency": ones, "presence": ones}
+    bias = {"bias_ids": torch.zeros(4, 5, dtype=i32), "bias": torch.zeros(4, 5)}
+    inputs = SamplingInputs(
+        ones, torch.zeros(4, dtype=i32), ones, ones, numbers, numbers, numbers, **({**more, **bias} if penalised else {})
+    )
+    sample(torch.zeros(4, 151936), inputs)
+
+
 _SCALES = torch.ones(2, 8)
 CALLS: dict[str, Callable[[], None]] = {
     "decode": decode,
@@ -150,6 +162,8 @@ CALLS: dict[str, Callable[[], None]] = {
     "rotate": lambda: rotate(norms=False),
     "rotate norms fp8": lambda: rotate(norms=True, kv_scales=_SCALES),
     "norms": norms,
+    "sampling": lambda: sampling(False),
+    "sampling penalised": lambda: sampling(True),
     **{f"linear {kind} {rows}": partial(linear, kind, rows) for kind in ("plain", "int8", "fp8", "int4") for rows in (1, 64)},
 }
 
