@@ -244,8 +244,8 @@ def _threshold(at, best, factor, least, goal, SUMS: tl.constexpr, VOCAB: tl.cons
     Ten passes of eight candidates each; what is inside shrinks as the bits grow, so those that hold are the first ones.
     """
     low = tl.full([], 0, tl.int32)
-    for step in tl.static_range(10):
-        shift: tl.constexpr = 27 - 3 * step
+    for step in range(0, 10):
+        shift = 27 - 3 * step
         candidate = tl.maximum(low + (tl.arange(0, 8) << shift), least)  # [8]; 0 of them is what is known to hold
         inside = tl.zeros([8], tl.int64)
         for start in range(0, VOCAB, TILE):
