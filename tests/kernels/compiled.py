@@ -148,6 +148,21 @@ def sampling(penalised: bool) -> None:
     sample(torch.zeros(4, 151936), inputs)
 
 
+def experts(rows: int) -> None:
+    from kernels.grouped import mixture
+
+    gate_up, down = torch.zeros(128, 2 * 768, 2048, dtype=bf16), torch.zeros(128, 2048, 768, dtype=bf16)
+    mixture(torch.zeros(rows, 2048, dtype=bf16), torch.zeros(rows, 128), gate_up, down, 8)
+
+
+def adapters(rows: int) -> None:
+    from kernels.grouped import lora
+
+    x, out = torch.zeros(rows, 2048, dtype=bf16), torch.zeros(rows, 1024, dtype=bf16)
+    down, up = torch.zeros(4, 16, 2048, dtype=bf16), torch.zeros(4, 1024, 16, dtype=bf16)
+    lora(x, out, down, up, torch.ones(4), torch.zeros(rows, dtype=i32))
+
+
 _SCALES = torch.ones(2, 8)
 CALLS: dict[str, Callable[[], None]] = {
     "decode": decode,
@@ -162,6 +177,9 @@ CALLS: dict[str, Callable[[], None]] = {
     "rotate": lambda: rotate(norms=False),
     "rotate norms fp8": lambda: rotate(norms=True, kv_scales=_SCALES),
     "norms": norms,
+    "experts 1": lambda: experts(1),
+    "experts 4096": lambda: experts(4096),
+    "lora 32": lambda: adapters(32),
     "sampling": lambda: sampling(False),
     "sampling penalised": lambda: sampling(True),
     **{f"linear {kind} {rows}": partial(linear, kind, rows) for kind in ("plain", "int8", "fp8", "int4") for rows in (1, 64)},
