@@ -1,7 +1,8 @@
 """The one door to every operation a model needs: here a device chooses its implementation.
 
-On the CPU these are torch operations arranged for few copies and few calls; on CUDA decode attention is the Triton kernel of
-paged_decode.py. Each has a twin in reference.py. Called by models/; engine/batch.py builds the AttentionPlan.
+On the CPU these are the compiled kernels of native.py (float32, once `cpu.load()` was called), or torch operations arranged for few
+copies and few calls; on CUDA decode attention is the Triton kernel of paged_decode.py. Each has a twin in reference.py. Called
+by models/; engine/batch.py builds the AttentionPlan.
 
 KV of one layer: [num_blocks, 2 (K, V), num_kv_heads, block_size, head_dim].
 """
@@ -10,11 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import cpu
 
 PIECE_LEN = 4096  # tokens of context that are copied out of the pool at a time: bounds memory for long contexts
 WINDOW_QUERIES = 256  # queries per explicit mask under sliding-window attention
@@ -42,7 +46,7 @@ class AttentionPlan:
     """What every layer of one batch shares. The first num_single spans have one token each, so row i is span i.
 
     slots: rows of a layer seen as [num_blocks * 2 * num_kv_heads * block_size, head_dim], [num_tokens, 2, num_kv_heads].
-    block_tables, seq_lens: CUDA only, for the singles.
+    block_tables, seq_lens: CUDA only, for the singles. cache: what an implementation works out once for all layers.
     """
 
     spans: tuple[Span, ...]
@@ -50,6 +54,7 @@ class AttentionPlan:
     slots: Tensor
     block_tables: Tensor | None = None  # int32 [num_single, max_blocks]
     seq_lens: Tensor | None = None  # int32 [num_single]
+    cache: dict[Any, Any] = field(default_factory=dict)
 
 
 # ---- pieces of a layer -----------------------------------------------------------------------------------------------
@@ -57,6 +62,8 @@ class AttentionPlan:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Over the last axis."""
+    if x.dim() == 2 and cpu.takes(x):
+        return cpu.rms_norm(x, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
@@ -95,8 +102,10 @@ def _linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [rows, 2 * width] = [gate | up] -> [rows, width]. Overwrites its argument."""
+    """silu(gate) * up of [rows, 2 * width] = [gate | up] -> [rows, width]. May overwrite its argument."""
     width = gate_up.shape[-1] // 2
+    if width % 16 == 0 and cpu.takes(gate_up) and gate_up.is_contiguous():
+        return cpu.silu_mul(gate_up)
     return F.silu(gate_up[:, :width], inplace=True).mul_(gate_up[:, width:])
 
 
@@ -123,6 +132,34 @@ def write_kv(kv_layer: Tensor, rows: Tensor, plan: AttentionPlan) -> None:
     kv_layer.view(-1, kv_layer.shape[-1])[plan.slots] = rows
 
 
+def rotate_and_write(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    turn: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    kv_layer: Tensor,
+    plan: AttentionPlan,
+) -> None:
+    """What lies between a layer's first product and its attention: rms_norm each head of q and k where there are norms for them,
+    rotate both in place, and write_kv(). qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]."""
+    head_dim = kv_layer.shape[-1]
+    if head_dim % 16 == 0 and cpu.takes(qkv) and kv_layer.is_contiguous():
+        table = plan.cache.get("turn")
+        if table is None:
+            table = plan.cache["turn"] = cpu.turn_table(turn)
+        cpu.rotate_and_write(qkv, num_heads, num_kv_heads, table, norms, eps, kv_layer, plan.slots)
+        return
+    heads = qkv.view(len(qkv), -1, head_dim)
+    q_and_k = heads[:, : num_heads + num_kv_heads]
+    if norms is not None:
+        for part, weight in zip(torch.split(q_and_k, [num_heads, num_kv_heads], dim=1), norms, strict=True):
+            part.copy_(rms_norm(part, weight, eps))
+    rotate(q_and_k, turn)
+    write_kv(kv_layer, heads[:, num_heads:].unflatten(1, (2, num_kv_heads)), plan)
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +170,8 @@ def attention(q: Tensor, rows: Tensor, kv_layer: Tensor, plan: AttentionPlan, sc
     window: a token sees itself and the window - 1 tokens before it.
     """
     num_tokens, num_heads, head_dim = q.shape
+    if cpu.takes_attention(q, kv_layer):
+        return cpu.attention(q, kv_layer, plan, scale, window)
     out = q.new_empty(num_tokens, num_heads, head_dim)
     if plan.num_single:
         if plan.block_tables is not None and plan.seq_lens is not None and window is None:
