@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -115,8 +116,11 @@ def build_batch(step: Step, layout: KVLayout, device: torch.device) -> Batch:
     spans: list[Span] = []
     starts: list[int] = []
     start = 0
-    for length, context_len, blocks in zip(step.lengths, step.contexts, step.blocks, strict=True):
-        spans.append(Span(start, length, context_len, blocks, torch.tensor(blocks, device=device)))
+    indexes = _block_tables(step.blocks)
+    if device.type != "cpu":
+        indexes = [index.to(device) for index in indexes]
+    for length, context_len, blocks, index in zip(step.lengths, step.contexts, step.blocks, indexes, strict=True):
+        spans.append(Span(start, length, context_len, blocks, index))
         starts.append(context_len - start)
         start += length
     positions = np.arange(start) + np.repeat(starts, step.lengths)
@@ -128,6 +132,13 @@ def build_batch(step: Step, layout: KVLayout, device: torch.device) -> Batch:
         attention=AttentionPlan(tuple(spans), num_single, slots),
         logit_rows=torch.tensor(step.logit_rows, dtype=torch.int64, device=device),
     )
+
+
+def _block_tables(blocks: SequenceOf[SequenceOf[int]]) -> list[Tensor]:
+    """int64, one for each sequence; views of one array, which is quicker to make than many."""
+    lengths = [len(some) for some in blocks]
+    together = np.fromiter(itertools.chain.from_iterable(blocks), dtype=np.int64, count=sum(lengths))
+    return list(torch.from_numpy(together).split(lengths))
 
 
 def _slots(spans: list[Span], positions: np.ndarray, layout: KVLayout) -> np.ndarray:
