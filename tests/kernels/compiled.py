@@ -75,6 +75,7 @@ def describe(kernel: Any) -> dict[str, Any]:
         "warps": kernel.metadata.num_warps,
         "wgmma": "wgmma.mma_async" in ptx,
         "mma": "mma.sync" in ptx,
+        "tcgen05": "tcgen05.mma" in ptx,
         "async": "cp.async" in ptx,
     }
 
@@ -163,6 +164,15 @@ def adapters(rows: int) -> None:
     lora(x, out, down, up, torch.ones(4), torch.zeros(rows, dtype=i32))
 
 
+def move(dtype: torch.dtype, head_dim: int, sums: bool, stores: bool = True) -> None:
+    from kernels.kv_pack import move_runs
+    from kernels.ops import as_lanes
+
+    pool = as_lanes(torch.zeros(2, 4, 2, 8, 16, head_dim).to(dtype))
+    table = torch.zeros(3, 2, dtype=i32)
+    move_runs(pool, pool if stores else None, table, torch.zeros(2, 2, 2, dtype=torch.int64) if sums else None)
+
+
 _SCALES = torch.ones(2, 8)
 CALLS: dict[str, Callable[[], None]] = {
     "decode": decode,
@@ -177,6 +187,12 @@ CALLS: dict[str, Callable[[], None]] = {
     "rotate": lambda: rotate(norms=False),
     "rotate norms fp8": lambda: rotate(norms=True, kv_scales=_SCALES),
     "norms": norms,
+    "move": lambda: move(bf16, 128, True),
+    "move without sums": lambda: move(bf16, 128, False),
+    "sums alone": lambda: move(bf16, 128, True, stores=False),
+    "move 4-byte lanes": lambda: move(bf16, 30, True),
+    "move 2-byte lanes": lambda: move(bf16, 5, True),
+    "move bytes": lambda: move(torch.uint8, 3, True),
     "experts 1": lambda: experts(1),
     "experts 4096": lambda: experts(4096),
     "lora 32": lambda: adapters(32),
