@@ -160,7 +160,6 @@ class Llama:
         config = self.config
         num_tokens = batch.token_ids.shape[0]
         num_heads, num_kv_heads = len(self.own.q_heads), len(self.own.kv_heads)
-        qk_width = (num_heads + num_kv_heads) * config.head_dim
         q_width = num_heads * config.head_dim
         scale = config.head_dim**-0.5
         eps = config.rms_norm_eps
@@ -168,17 +167,13 @@ class Llama:
         for index, layer in enumerate(self.layers):
             kv_layer = kv[index]
             qkv = ops.linear(ops.rms_norm(hidden, layer.attention_norm, eps), layer.qkv, layer.qkv_bias)
-            qk = qkv[:, :qk_width].view(num_tokens, num_heads + num_kv_heads, config.head_dim)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = torch.split(qk, [num_heads, num_kv_heads], dim=1)
-                q.copy_(ops.rms_norm(q, layer.q_norm, eps))
-                k.copy_(ops.rms_norm(k, layer.k_norm, eps))
-            ops.rotate(qk, turn)
-            rows = qkv[:, q_width:].view(num_tokens, 2, num_kv_heads, config.head_dim)
-            ops.write_kv(kv_layer, rows, batch.attention)
+            norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+            ops.rotate_and_write(qkv, num_heads, num_kv_heads, turn, norms, eps, kv_layer, batch.attention)
             if on_layer is not None:
                 on_layer(index)
-            attended = ops.attention(qk[:, :num_heads], rows, kv_layer, batch.attention, scale, layer.window)
+            q = qkv[:, :q_width].view(num_tokens, num_heads, config.head_dim)
+            rows = qkv[:, q_width:].view(num_tokens, 2, num_kv_heads, config.head_dim)
+            attended = ops.attention(q, rows, kv_layer, batch.attention, scale, layer.window)
             residual = hidden if self._adds else None
             hidden = self.ranks.all_reduce(ops.linear(attended, layer.o, layer.o_bias, residual))
             inner = ops.linear(ops.rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up, layer.gate_up_bias)
