@@ -66,6 +66,10 @@ class Entry:
         self.num_missed = 0  # heartbeats since then that did not
         self.num_missed_prefill = 0
         self.prefill_is_seen = False
+        # Summed over its choices, half way through their expected output.
+        self.num_context_tokens = num_choices * (prompt_len + expected_output / 2)
+        self.num_blocks_now = blocks_to_reserve(decode.info, prompt_len, num_choices)
+        self.num_blocks_at_end = blocks_at_end(decode.info, prompt_len, num_choices, expected_output)
 
     @property
     def prefilling_at(self) -> WorkerState:
@@ -76,19 +80,6 @@ class Entry:
     def uncached(self) -> int:
         """Prompt tokens to be computed."""
         return self.prompt_len - self.cached
-
-    @property
-    def num_context_tokens(self) -> float:
-        """Summed over its choices, half way through their expected output."""
-        return self.num_choices * (self.prompt_len + self.expected_output / 2)
-
-    @property
-    def num_blocks_now(self) -> int:
-        return blocks_to_reserve(self.decode.info, self.prompt_len, self.num_choices)
-
-    @property
-    def num_blocks_at_end(self) -> int:
-        return blocks_at_end(self.decode.info, self.prompt_len, self.num_choices, self.expected_output)
 
 
 def blocks_to_reserve(info: WorkerInfo, prompt_len: int, num_choices: int) -> int:
@@ -288,6 +279,9 @@ class Ledger:
                     self.free(entry, now)
             elif now - entry.placed_at > UNSEEN_S:
                 self.free(entry, now)
+        unknown = [(r, e) for r, e in running.items() if r not in self.entries]
+        if not unknown or not any(not is_over(r, e) for r, e in unknown):
+            return []
         return self._adopt(worker, {r: e for r, e in running.items() if not is_over(r, e)}, now)
 
     def _correct_prefills(self, worker: WorkerState, running: dict[str, int], now: float) -> None:
