@@ -277,6 +277,7 @@ class Placing:
             tpot_limit=placement.tpot_limit,
             ttft_s=placement.ttft_s,
             tpot_s=placement.tpot_s,
+            max_tokens=admit.max_tokens,
         )
         self._scheduler.ledger.book(entry, now)
         spec = self._scheduler.tenants.tenant(admit.tenant)

@@ -25,7 +25,8 @@ TAKES, BACKLOG_S, HEAD_S, HEAD_SINCE, NUM_PREFILLS, PREFILL_DRIFT = range(6)
 DECODING, COMING, CONTEXT, AT_END, FREE, DECODE_DRIFT, TPOT_LIMIT = range(6, 13)
 TOKENS, HEAD_TOKENS, COMING_CONTEXT = range(13, 16)  # uncached ones of all prompts in the prefill queue, of its first
 TOGETHER, RESIDENT = range(16, 18)  # prompts that go into a step with another one; tokens of context of those that decode
-NUM_COLUMNS = 18
+SEEN_AT = 18  # when the last heartbeat came
+NUM_COLUMNS = 19
 
 
 def _row(worker: WorkerState) -> tuple[float, ...]:
@@ -49,6 +50,7 @@ def _row(worker: WorkerState) -> tuple[float, ...]:
         worker.num_coming_tokens,
         _together(worker) if len(worker.prefills) > 1 else 0.0,
         worker.num_context_tokens - worker.num_coming_tokens,
+        worker.last_beat_at,
     )
 
 
@@ -115,6 +117,11 @@ class Rows:
         for worker in workers:
             worker.rows = self
         self.dirty = set(workers)
+
+    @property
+    def room_margin(self) -> float:
+        """By how much the room that they will take is to be overestimated."""
+        return max(cost.room_margin.factor for cost in self.costs)
 
     def theta(self, of: Callable[[CostModel], list[float]]) -> tuple[Any, ...]:
         """The coefficients of one fit: numbers while all workers share it, else a column each."""

@@ -29,6 +29,7 @@ from scheduler.table import (
     NUM_PREFILLS,
     PREFILL_DRIFT,
     RESIDENT,
+    SEEN_AT,
     TAKES,
     TOGETHER,
     TPOT_LIMIT,
@@ -38,6 +39,7 @@ from scheduler.table import (
     Rows,
 )
 
+MAX_UNSEEN_S = 2.0  # of growth since a heartbeat that are believed
 MOST_DRIFT = 2.0  # of scheduler.cost.Drift
 ROOM_FOR = 4.0  # requests like its own that a tenant with more than its share leaves room for on each decode worker
 UNTRIED = 1.5  # how much slower than a prefill worker a decode worker is taken to prefill before it has shown it
@@ -194,7 +196,11 @@ class View:
             return Decodes(tpot, seats, seats)
         at_end = live[AT_END] + (blocks + choices * np.ceil(math.ceil(self.expected) / rows.one_block_size))
         # A worker keeps a block free for every other running sequence's next token; so must this prediction.
-        room = seats & (live[FREE] >= begin + there // 2) & (is_empty | (at_end <= rows.num_blocks))
+        at_end *= rows.room_margin
+        # Since its heartbeat those that decode have grown.
+        since = np.minimum(MAX_UNSEEN_S, self.now - live[SEEN_AT])
+        grown = decoding * since / (step * rows.one_block_size)
+        room = seats & (live[FREE] - grown >= begin + there // 2) & (is_empty | (at_end <= rows.num_blocks))
         later = tpot
         if self.leaves_room:
             later = tpot + ROOM_FOR * (b * mine / 1e3 + c * choices) * drift
