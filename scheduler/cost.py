@@ -146,8 +146,6 @@ class CostModel:
         self.ttft_error = Residuals()
         self.tpot_error = Residuals()
         self.tpot_margin = Margin()
-        # What those who decode will hold at their ends, against the pool; a preemption is a promise of room broken.
-        self.room_margin = Margin(allowed=0.003, factor=1.0, step=0.0, least=0.8, most=1.6)
 
     def prefill_s(self, prompt_len: int, cached: int) -> float:
         """The prompt's uncached part, alone on the worker."""

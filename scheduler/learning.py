@@ -14,7 +14,6 @@ from scheduler.ledger import Entry, WorkerState
 
 MIN_PACE_TOKENS = 8  # below so many the hand-over before the second token decides over the pace
 MIN_MARGIN_TOKENS = 16  # the same for what the margin learns: no load is low enough for them
-MAX_PREEMPTIONS = 16  # between two heartbeats that are counted: more are one event
 CLEAN_S = 10.0  # without a clean decode heartbeat for so long, what requests experienced has to do
 
 
@@ -66,8 +65,6 @@ def learn_from_beat(worker: WorkerState, before: WorkerStats | None, after: Work
         if worker.cost.prefill.num_observations < TRUSTED_AFTER and num_prompt > 0:
             worker.cost.observe_prefill(num_prompt / num_steps, 0, step_s)
         return
-    for _ in range(min(MAX_PREEMPTIONS, after.num_preemptions - before.num_preemptions)):
-        worker.cost.room_margin.observe(False)
     num_generated = after.generation_tokens - before.generation_tokens
     if num_prompt > 0.02 * num_generated or num_generated <= 0:
         return
@@ -86,7 +83,6 @@ def learn_from_outcome(entry: Entry, outcome: Outcome, now: float) -> None:
     time and so
     has no clean decode steps, what a step takes."""
     worker, tpot_s = entry.decode, outcome.tpot_s
-    worker.cost.room_margin.observe(True)
     if entry.first_token_at is None or tpot_s <= 0:
         return
     num_tokens = outcome.output_tokens / entry.num_choices

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from scheduler.table import Rows
 
 MISSES = 3  # heartbeats without a request that was there: its end got lost
-REST = 0.5  # of the expected length, beyond which a request that still runs is taken for a longer one
+REST = 0.75  # of the expected length, beyond which a request that still runs is taken for a longer one
 UNSEEN_S = 15.0  # a placement that no heartbeat ever mentioned: the gateway never came
 
 

@@ -52,13 +52,13 @@ class Margin:
     each that
     was broken, lowered by each that was kept, in equilibrium where the shares balance (stochastic approximation of a quantile)."""
 
-    def __init__(self, allowed: float = 0.008, factor: float = 1.03, step: float = 0.004, least: float = 0.95, most: float = 1.3):
+    STEP = 0.004
+    LEAST, MOST = 0.95, 1.3
+
+    def __init__(self, allowed: float = 0.008) -> None:
         self._allowed = allowed
-        self._step = step
-        self._least = least
-        self._most = most
-        self.factor = factor
+        self.factor = 1.03
 
     def observe(self, was_kept: bool) -> None:
         change = -self._allowed if was_kept else 1.0 - self._allowed
-        self.factor = min(self._most, max(self._least, self.factor * (1.0 + self._step * change)))
+        self.factor = min(self.MOST, max(self.LEAST, self.factor * (1.0 + self.STEP * change)))

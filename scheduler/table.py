@@ -118,11 +118,6 @@ class Rows:
             worker.rows = self
         self.dirty = set(workers)
 
-    @property
-    def room_margin(self) -> float:
-        """By how much the room that they will take is to be overestimated."""
-        return max(cost.room_margin.factor for cost in self.costs)
-
     def theta(self, of: Callable[[CostModel], list[float]]) -> tuple[Any, ...]:
         """The coefficients of one fit: numbers while all workers share it, else a column each."""
         if len(self.costs) == 1:

@@ -196,7 +196,6 @@ class View:
             return Decodes(tpot, seats, seats)
         at_end = live[AT_END] + (blocks + choices * np.ceil(math.ceil(self.expected) / rows.one_block_size))
         # A worker keeps a block free for every other running sequence's next token; so must this prediction.
-        at_end *= rows.room_margin
         # Since its heartbeat those that decode have grown.
         since = np.minimum(MAX_UNSEEN_S, self.now - live[SEEN_AT])
         grown = decoding * since / (step * rows.one_block_size)
