@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import capacity, fairness, fidelity, http, kv, observing, promises, scheduler, serve, simulator, startup
+from bench import capacity, fairness, fidelity, gateway, http, kv, observing, promises, scheduler, serve, simulator, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
     for name, module in (
         ("startup", startup),
         ("http", http),
+        ("gateway", gateway),
         ("kv", kv),
         ("serve", serve),
         ("observing", observing),
