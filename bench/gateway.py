@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import random
 import secrets
+import signal
 import socket
 import statistics
 import time
@@ -293,6 +294,7 @@ def _serve(address: str, secret: bytes, port: int, loop: str, core: int, profile
     from configs.load import load
 
     os.sched_setaffinity(0, {core})
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends its serving by it, and then raises it again
 
     async def find_scheduler() -> str:
         return address
