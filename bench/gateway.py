@@ -5,7 +5,7 @@
 
 The gateway is a process of its own, pinned to a core: FastAPI routes, the walk, detokenizing, server-sent events, authenticated
 frames. The other side is played here: a scheduler that admits at once, a decode worker that sends one token per sequence and step, as
-soon as most of the last step has come out at the other end, and clients that only count. Two loads:
+soon as a quarter of the last step has come out at the other end, and clients that only count. Two loads:
 
     tokens      so many streams at once, each one token per chunk: streamed tokens per second
     requests    chats of --prompt-words words and 8 streamed tokens, over kept connections: requests per second
@@ -27,9 +27,9 @@ import signal
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import psutil
@@ -58,7 +58,7 @@ from protocol.ticket import Grant, Ticket, WorkerRef
 MODEL = "bundled"
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, dtype="float32", model_hash="bench")
 NUM_SHORT = 8  # tokens of an answer where requests are counted
-STALL_S = 0.02  # an engine that hears of no delivery for so long steps all the same
+STALL_S = 0.2  # an engine that hears of no delivery for so long steps all the same
 START_S = 60.0
 
 
@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    return asyncio.run(_run(args))
+    with asyncio.Runner(loop_factory=_loop_factory("uvloop")) as runner:
+        return runner.run(_run(args))
 
 
 async def _run(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,7 +119,7 @@ async def _measure(args: argparse.Namespace, engine: Engine, process: psutil.Pro
                 values = [row[figure] for row in rows[name]]
                 print(f"{name:<9} {figure:<19} {statistics.median(values):9.0f}   ({min(values):.0f}-{max(values):.0f})", flush=True)
             row = rows[name][-1]
-            print(f"{name:<9} {row['tokens_per_chunk']:.2f} tokens per chunk, {row['cpu_share']:.0%} of a core", flush=True)
+            print(f"{name:<9} {row['tokens_per_chunk']:.2f} tokens per chunk, {row['chunks_per_read']:.2f} chunks per read, the gateway {row['cpu_share']:.0%} and the load {row['load_cpu_share']:.0%} of a core", flush=True)
     return rows
 
 
@@ -130,8 +131,8 @@ async def _round(
     loop = asyncio.get_running_loop()
     for client in clients:
         await loop.create_connection(lambda client=client: client, "127.0.0.1", port)
-    engine.num_chunks = 0
-    before, began = sum(process.cpu_times()[:2]), time.perf_counter()
+    engine.num_chunks = engine.num_reads = 0
+    before, mine, began = sum(process.cpu_times()[:2]), time.process_time(), time.perf_counter()
     for client in clients:
         client.next()
     await asyncio.gather(*(client.over for client in clients))
@@ -139,7 +140,9 @@ async def _round(
     tokens = number * num_tokens
     return {
         "tokens_per_s": tokens / seconds, "tokens_per_cpu_s": tokens / cpu, "requests_per_s": number / seconds,
-        "requests_per_cpu_s": number / cpu, "cpu_share": cpu / seconds, "tokens_per_chunk": tokens / max(1, engine.num_chunks),
+        "requests_per_cpu_s": number / cpu, "cpu_share": cpu / seconds,
+        "load_cpu_share": (time.process_time() - mine) / seconds, "tokens_per_chunk": tokens / max(1, engine.num_chunks),
+        "chunks_per_read": engine.num_chunks / max(1, engine.num_reads),
     }  # fmt: skip
 
 
@@ -172,8 +175,7 @@ class Client(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's does not derive from asyncio's
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def next(self) -> None:
@@ -206,10 +208,12 @@ class Engine:
     def __init__(self, secret: bytes, batch: int) -> None:
         self.network = SocketNetwork("engine", secret)
         self.num_chunks = 0
+        self.num_reads = 0
         self._batch = batch
         self._running: dict[str, tuple[Peer, int, int, int]] = {}  # request_id -> gateway, epoch, index, max_tokens
         self._epoch = 0
-        self._waiting_for = 0  # deliveries until the next step
+        self._waiting_for = 0  # tokens that have not come out yet
+        self._go_on_at = 0  # with so many of them the next step is made
         self._wake = asyncio.Event()
         self._text = [random.Random(1).randrange(300, 500) for _ in range(997)]
         self._stepping: asyncio.Task[None]
@@ -243,8 +247,9 @@ class Engine:
 
     def delivered(self, num: int) -> None:
         self.num_chunks += num
+        self.num_reads += 1
         self._waiting_for -= num
-        if self._waiting_for <= 0:
+        if self._waiting_for <= self._go_on_at:
             self._wake.set()
 
     async def _step_for_ever(self) -> None:
@@ -252,6 +257,9 @@ class Engine:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), STALL_S if self._running else None)
+            if self._wake.is_set() and self._waiting_for > self._go_on_at:
+                continue  # somebody came; the clients have not caught up yet
+            self._waiting_for = max(0, self._waiting_for) if self._wake.is_set() else 0
             updates: dict[Peer, list[TokenUpdate]] = {}
             for request_id, (peer, epoch, index, limit) in list(self._running.items()):
                 token, reason = self._text[(index * 7 + epoch) % 997], "length" if index + 1 == limit else None
@@ -261,9 +269,22 @@ class Engine:
                 else:
                     self._running[request_id] = (peer, epoch, index + 1, limit)
             for peer, all_of in updates.items():
-                self._waiting_for = len(all_of) * 3 // 4
+                self._waiting_for += len(all_of)
+                self._go_on_at = len(all_of) * 3 // 4
                 for start in range(0, len(all_of), self._batch):
                     peer.send(TokenFrame(tuple(all_of[start : start + self._batch])))
+
+
+def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    """Raises SystemExit."""
+    if name == "asyncio":
+        return asyncio.new_event_loop
+    try:
+        import uvloop
+    except ImportError:
+        raise SystemExit("bench gateway: uvloop is not installed (it comes with ray[serve]); --loop asyncio does without") from None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 # ---- the gateway's process -------------------------------------------------------------------------------------------
@@ -306,21 +327,14 @@ def _serve(address: str, secret: bytes, port: int, loop: str, core: int, profile
         await uvicorn.Server(config).serve()
         await door.close()
 
-    runner = asyncio.Runner
-    if loop == "uvloop":
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    else:
-        factory = asyncio.new_event_loop
     profiler = None
     if profile is not None:
         import cProfile
 
         profiler = cProfile.Profile()
         profiler.enable()
-    with runner(loop_factory=factory) as it:
-        it.run(main())
+    with asyncio.Runner(loop_factory=_loop_factory(loop)) as runner:
+        runner.run(main())
     if profiler is not None:
         profiler.disable()
         profiler.dump_stats(profile)
