@@ -4,7 +4,7 @@
     python -m bench gateway --streams 64 --only tokens --profile gateway.prof
 
 The gateway is a process of its own, pinned to a core: FastAPI routes, the walk, detokenizing, server-sent events, authenticated
-frames. The other side is played here: a scheduler that admits at once, a decode worker that sends one token per sequence and step, as
+frames. The other side is played here: a scheduler that admits at once, a decode worker that sends one token per sequence and step as
 soon as a quarter of the last step has come out at the other end, and clients that only count. Two loads:
 
     tokens      so many streams at once, each one token per chunk: streamed tokens per second
@@ -96,7 +96,9 @@ async def _run(args: argparse.Namespace) -> dict[str, Any]:
     return {"loop": args.loop, "streams": args.streams, "batch": args.batch, "rounds": rows}
 
 
-async def _measure(args: argparse.Namespace, engine: Engine, process: psutil.Process, port: int) -> dict[str, list[dict[str, float]]]:
+async def _measure(
+    args: argparse.Namespace, engine: Engine, process: psutil.Process, port: int
+) -> dict[str, list[dict[str, float]]]:
     deadline = time.monotonic() + START_S
     while not await _is_healthy(port):
         if time.monotonic() > deadline:
@@ -104,22 +106,29 @@ async def _measure(args: argparse.Namespace, engine: Engine, process: psutil.Pro
         await asyncio.sleep(0.1)
     rng = random.Random(0)
     long = _body({"prompt": [rng.randrange(10, 500) for _ in range(32)], "max_tokens": args.tokens}, "/v1/completions")
-    words = " ".join(rng.choice(("tandem", "serves", "prefill", "and", "decode", "apart", "on", "two", "cores")) for _ in range(args.prompt_words))
+    words = " ".join(
+        rng.choice(("tandem", "serves", "prefill", "and", "decode", "apart", "on", "two", "cores"))
+        for _ in range(args.prompt_words)
+    )
     short = _body({"messages": [{"role": "user", "content": words}], "max_tokens": NUM_SHORT}, "/v1/chat/completions")
-    loads = {"tokens": (long, args.tokens, args.streams, args.streams), "requests": (short, NUM_SHORT, args.requests, args.concurrency)}
+    loads = {
+        "tokens": (long, args.tokens, args.streams, args.streams),
+        "requests": (short, NUM_SHORT, args.requests, args.concurrency),
+    }
     rows: dict[str, list[dict[str, float]]] = {}
     for name, (request, num_tokens, number, concurrency) in loads.items():
         if args.only in (None, name):
             await _round(engine, process, port, request, num_tokens, min(number, 2 * concurrency), concurrency)
-            rows[name] = [
-                await _round(engine, process, port, request, num_tokens, number, concurrency) for _ in range(args.rounds)
-            ]
+            rows[name] = [await _round(engine, process, port, request, num_tokens, number, concurrency) for _ in range(args.rounds)]
             unit = "tokens" if name == "tokens" else "requests"
             for figure in (f"{unit}_per_s", f"{unit}_per_cpu_s"):
                 values = [row[figure] for row in rows[name]]
-                print(f"{name:<9} {figure:<19} {statistics.median(values):9.0f}   ({min(values):.0f}-{max(values):.0f})", flush=True)
+                print(
+                    f"{name:<9} {figure:<19} {statistics.median(values):9.0f}   ({min(values):.0f}-{max(values):.0f})", flush=True
+                )
             row = rows[name][-1]
-            print(f"{name:<9} {row['tokens_per_chunk']:.2f} tokens per chunk, {row['chunks_per_read']:.2f} chunks per read, the gateway {row['cpu_share']:.0%} and the load {row['load_cpu_share']:.0%} of a core", flush=True)
+            shares = f"the gateway had {row['cpu_share']:.0%} of a core, the load {row['load_cpu_share']:.0%} of another"
+            print(f"{name:<9} {row['chunks_per_read']:.2f} chunks per read; {shares}", flush=True)
     return rows
 
 
@@ -230,9 +239,8 @@ class Engine:
             request = message.request
             self._running[request.request_id] = (peer, message.ticket.epoch, 0, request.sampling.max_tokens or 1)
             self._wake.set()
-            return Grant(
-                "grant", request.request_id, message.ticket.epoch, "decode-0-bench", "", (), 0, 0, LAYOUT, 30.0, (), self.network.address
-            )  # fmt: skip
+            papers = ("grant", request.request_id, message.ticket.epoch, "decode-0-bench", "")
+            return Grant(*papers, (), 0, 0, LAYOUT, 30.0, (), self.network.address)
         if isinstance(message, AskStatus):
             worker = {"role": "decode", "alive": True, "model": MODEL, "stats": {"last_token_age_s": 1.0}}
             return Status(msgspec.json.encode({"workers": [worker]}))
@@ -295,7 +303,9 @@ def _gateway(address: str, secret: bytes, loop: str, core: int, profile: Path | 
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    child = multiprocessing.get_context("spawn").Process(target=_serve, args=(address, secret, port, loop, core, profile), daemon=True)
+    child = multiprocessing.get_context("spawn").Process(
+        target=_serve, args=(address, secret, port, loop, core, profile), daemon=True
+    )
     child.start()
     assert child.pid is not None
     try:

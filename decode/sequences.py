@@ -40,7 +40,8 @@ class Sequences:
         return self._jobs.get(id(sequence))
 
     def take_opening(self, sequence: Sequence) -> Opening:
-        return self._openings.pop(id(sequence), (sequence.output_len, (), None))
+        opening = self._openings.pop(id(sequence), None) if self._openings else None
+        return opening if opening is not None else (sequence.output_len, (), None)
 
     # ---- coming ----------------------------------------------------------------------------------------------------
 
@@ -148,6 +149,8 @@ class Sequences:
 
     def take_copies(self, chunks: Iterable[Chunk]) -> list[tuple[int, int]]:
         """(shared, own) block pairs to copy before this step; give them to `copied` after it."""
+        if not self._copies:
+            return []
         due = [self._copies.pop(id(chunk.sequence), None) for chunk in chunks]
         return [copy for copy in due if copy is not None]
 

@@ -20,7 +20,7 @@ import msgspec
 
 from decode.handover import Handover
 from decode.job import Job
-from decode.planner import Budget, plan
+from decode.planner import Budget, plan, steady
 from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
@@ -342,6 +342,11 @@ class DecodeWorker:
         budget = Budget(self.settings.max_num_seqs, self.settings.max_num_batched_tokens, self.settings.enable_chunked_prefill)
         block_size = self.settings.layout.block_size
         mine = self._sequences
+        growing = None if mine.preempted else steady(mine.running, self.pool.num_free, block_size, budget)
+        if growing is not None:
+            for sequence in growing:
+                mine.grow(sequence)
+            return [sequence.chunk or self._chunk(sequence, 1) for sequence in mine.running]
         decided = plan(mine.running, mine.preempted, self.pool.num_free, block_size, budget)
         for sequence in decided.preempt:
             mine.preempt(sequence)
@@ -372,38 +377,60 @@ class DecodeWorker:
     def _emit(self, chunks: list[Chunk], result: StepResult) -> None:
         """Apply the step to its sequences and tell each gateway in one frame."""
         now = self._clock()
+        peer: Peer | None = None
+        updates: list[TokenUpdate] = []
         frames: dict[int, tuple[Peer, list[TokenUpdate]]] = {}
         samples = {id(sample.sequence): sample for sample in result.samples}
+        block_size = self.settings.layout.block_size
         for chunk in chunks:
             lead = chunk.sequence
             job = self._sequences.job_of(lead)
             if job is None or job.is_dropped:
                 continue
-            job.first_step_at = job.first_step_at or self._step_began_at
             lead.num_computed += chunk.num_tokens
-            self._counts["prompt_tokens" if chunk.num_tokens > 1 else "decode_rows"] += chunk.num_tokens
-            self._sequences.seal(lead)
-            if len(chunk.samples) > 1:
-                self._sequences.part_ways(job, chunk)
-            if lead.choice == 0:
-                job.scored += result.prompt_logprobs.get(lead.request.request_id, ())
+            if job.first_step_at is None:
+                job.first_step_at = self._step_began_at
+            if chunk.num_tokens > 1 or lead.num_computed % block_size == 0:
+                self._sequences.seal(lead)
+            if chunk is not lead.chunk:
+                self._after_prompt(job, chunk, result)
             for sequence in chunk.samples:
                 sample = samples[id(sequence)]
                 if sample.error is not None:
                     forget_prefix(self.pool, sequence, self.settings.layout)
                     self._after_step.append(lambda job=job, e=sample.error: self._fail(job, "decode", InternalError(e)))
                     continue
-                update = self._advance(job, sequence, sample)
-                frames.setdefault(id(job.gateway), (job.gateway, []))[1].append(update)
-                self.last_token_at = now
+                if job.gateway is not peer:
+                    peer = job.gateway
+                    updates = frames.setdefault(id(peer), (peer, []))[1]
+                updates.append(self._advance(job, sequence, sample))
+        self._counts["generation_tokens"] += sum(len(some) for _, some in frames.values())
         for peer, updates in frames.values():
+            self.last_token_at = now
             peer.send(TokenFrame(tuple(updates)))
+
+    def _after_prompt(self, job: Job, chunk: Chunk, result: StepResult) -> None:
+        """What there may be to do after a chunk of a prompt, or the first token after one, and never after that."""
+        lead = chunk.sequence
+        if chunk.num_tokens > 1:
+            self._counts["prompt_tokens"] += chunk.num_tokens
+        if len(chunk.samples) > 1:
+            self._sequences.part_ways(job, chunk)
+        if lead.choice == 0:
+            job.scored += result.prompt_logprobs.get(lead.request.request_id, ())
 
     def _advance(self, job: Job, sequence: Sequence, sample: Sample) -> TokenUpdate:
         index, tokens, logprobs = self._sequences.take_opening(sequence)
-        sequence.append(sample.token)
-        self._counts["generation_tokens"] += 1
-        finished = finish_reason(sequence, self.settings.max_model_len)
+        token = sample.token
+        sequence.token_ids.append(token)
+        if sequence.chunk is None:
+            sequence.chunk = Chunk(sequence, 1, (sequence,))
+        finished = None
+        length = len(sequence.token_ids)
+        if token in sequence.enders or length >= sequence.max_len or length >= self.settings.max_model_len:
+            finished = finish_reason(sequence, self.settings.max_model_len)
+        if job.has_told and finished is None and sample.logprobs is None and not tokens and not job.scored:  # as nearly all are
+            return TokenUpdate(job.request.request_id, job.epoch, sequence.choice, index, (token,))
         if sample.logprobs is not None:
             logprobs = (*(logprobs or ()), sample.logprobs)
         update = TokenUpdate(
@@ -411,7 +438,7 @@ class DecodeWorker:
             epoch=job.epoch,
             choice=sequence.choice,
             index=index,
-            tokens=(*tokens, sample.token),
+            tokens=(*tokens, token),
             logprobs=logprobs,
             finish_reason=finished[0] if finished else None,
             stop_reason=finished[1] if finished else None,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -68,6 +69,8 @@ def is_scored(sequence: Sequence) -> bool:
 
 def plan_step(chunks: SequenceOf[Chunk], block_size: int, extras: Extras = NOTHING) -> tuple[Step, Wanted]:
     """The chunks as plain integers, and whom their logits are for."""
+    if all([chunk.sequence.chunk is chunk for chunk in chunks]):  # noqa: C419 - a list is quicker than a generator
+        return _plan_decode(chunks, block_size, extras)
     token_ids: list[int] = []
     lengths: list[int] = []
     contexts: list[int] = []
@@ -107,17 +110,40 @@ def plan_step(chunks: SequenceOf[Chunk], block_size: int, extras: Extras = NOTHI
     return step, Wanted(tuple(sampled), tuple(scored), tuple(sequence for sequence, _, _ in scoring))
 
 
+def _plan_decode(chunks: SequenceOf[Chunk], block_size: int, extras: Extras) -> tuple[Step, Wanted]:
+    """plan_step() where every chunk is its sequence's own `Sequence.chunk`: one token, and one to be sampled."""
+    token_ids: list[int] = []
+    contexts: list[int] = []
+    blocks: list[list[int]] = []
+    sampled: list[tuple[Sequence, int]] = []
+    for row, chunk in enumerate(chunks):
+        sequence = chunk.sequence
+        begin, held = sequence.num_computed, sequence.blocks
+        num_blocks = begin // block_size + 1
+        assert len(sequence.token_ids) == begin + 1, sequence
+        assert len(held) >= num_blocks, f"{sequence} has no block for token {begin}"
+        token_ids.append(sequence.token_ids[begin])
+        contexts.append(begin)
+        blocks.append(held if len(held) == num_blocks else held[:num_blocks])  # nobody changes it before the step is over
+        sampled.append((sequence, row))
+    rows = list(range(len(token_ids)))
+    return Step(token_ids, [1] * len(rows), contexts, blocks, rows, [rows], extras), Wanted(tuple(sampled), (), ())
+
+
 def build_batch(step: Step, layout: KVLayout, device: torch.device) -> Batch:
     """Tensors for one forward pass over a pool of this layout, which is the rank's own. The step has tokens."""
     spans: list[Span] = []
     starts: list[int] = []
     start = 0
-    for length, context_len, blocks in zip(step.lengths, step.contexts, step.blocks, strict=True):
-        spans.append(Span(start, length, context_len, blocks, torch.tensor(blocks, device=device)))
+    indexes = _block_tables(step.blocks)
+    if device.type != "cpu":
+        indexes = [index.to(device) for index in indexes]
+    for length, context_len, blocks, index in zip(step.lengths, step.contexts, step.blocks, indexes, strict=True):
+        spans.append(Span(start, length, context_len, blocks, index))
         starts.append(context_len - start)
         start += length
     positions = np.arange(start) + np.repeat(starts, step.lengths)
-    num_single = sum(length == 1 for length in step.lengths)
+    num_single = step.lengths.count(1)
     tables, seq_lens = (None, None) if device.type == "cpu" else _device_tables(spans[:num_single], device)
     slots = torch.from_numpy(_slots(spans, positions, layout)).to(device)
     return Batch(
@@ -128,15 +154,25 @@ def build_batch(step: Step, layout: KVLayout, device: torch.device) -> Batch:
     )
 
 
+def _block_tables(blocks: SequenceOf[SequenceOf[int]]) -> list[Tensor]:
+    """int64, one for each sequence; views of one array, which is quicker to make than many."""
+    lengths = [len(some) for some in blocks]
+    together = np.fromiter(itertools.chain.from_iterable(blocks), dtype=np.int64, count=sum(lengths))
+    return list(torch.from_numpy(together).split(lengths))
+
+
 def _slots(spans: list[Span], positions: np.ndarray, layout: KVLayout) -> np.ndarray:
     """Where each token's K and V rows go in a layer seen as rows of head_dim: int64 [num_tokens, 2, num_kv_heads]."""
     block_size = layout.block_size
-    blocks = np.concatenate(
-        [
-            np.asarray(span.blocks, dtype=np.int64)[np.arange(span.context_len, span.context_len + span.length) // block_size]
-            for span in spans
-        ]
-    )
+    own: list[int] = []  # each token's block
+    for span in spans:
+        if span.length == 1:
+            own.append(span.blocks[span.context_len // block_size])
+        else:
+            end = span.context_len + span.length
+            places = np.arange(span.context_len, end) // block_size
+            own += np.asarray(span.blocks, dtype=np.int64)[places].tolist()
+    blocks = np.array(own, dtype=np.int64)
     lanes = np.arange(2 * layout.num_kv_heads).reshape(2, layout.num_kv_heads) * block_size
     first: np.ndarray = blocks * (2 * layout.num_kv_heads * block_size) + positions % block_size
     slots: np.ndarray = first[:, None, None] + lanes

@@ -296,7 +296,7 @@ def _stats(chunks: SequenceOf[Chunk], seconds: float, forward_s: float, sample_s
     for chunk in chunks:
         sequence, length = chunk.sequence, chunk.num_tokens
         begin = sequence.num_computed
-        if length == 1 and begin >= sequence.prompt_len:
+        if sequence.chunk is chunk or length == 1 and begin >= sequence.prompt_len:
             num_decode += 1
             decode_context += begin + 1
         else:
