@@ -8,7 +8,22 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import capacity, fairness, fidelity, gateway, http, kv, observing, promises, scheduler, serve, simulator, startup, steps
+from bench import (
+    capacity,
+    engine,
+    fairness,
+    fidelity,
+    gateway,
+    http,
+    kv,
+    observing,
+    promises,
+    scheduler,
+    serve,
+    simulator,
+    startup,
+    steps,
+)
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -19,6 +34,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("steps", steps),
         ("http", http),
         ("gateway", gateway),
+        ("engine", engine),
         ("kv", kv),
         ("serve", serve),
         ("observing", observing),

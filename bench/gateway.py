@@ -4,7 +4,7 @@
     python -m bench gateway --streams 64 --only tokens --profile gateway.prof
 
 The gateway is a process of its own, pinned to a core: FastAPI routes, the walk, detokenizing, server-sent events, authenticated
-frames. The other side is played here: a scheduler that admits at once, a decode worker that sends one token per sequence and step as
+frames. The other side is played here: a scheduler that admits at once, a decode worker that sends a token per sequence and step as
 soon as a quarter of the last step has come out at the other end, and clients that only count. Two loads:
 
     tokens      so many streams at once, each one token per chunk: streamed tokens per second

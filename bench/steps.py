@@ -5,7 +5,7 @@
 
 Requests are reserved as a gateway would reserve them, their prompts go through the loop, and then every step decodes one token of
 each: plan, batch of tensors, runner, sampler, blocks and prefix hashes, stopping, frames encoded for the gateway. Left out is the
-model's own time (embed, forward, logits, all of them next to nothing here). Microseconds, medians; the sampler reads 512 logits a row.
+model's own time (embed, forward, logits, all of them next to nothing here). Microseconds, medians; the sampler reads rows of 512.
 """
 
 from __future__ import annotations
