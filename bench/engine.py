@@ -4,8 +4,8 @@
     tandem bench engine MODEL_FOLDER --quantization int8 --json engine.json --plot engine.svg
 
 Limits: how fast a gigabyte of memory is read, and how fast large and small matrices are multiplied. Prefill: prompts of several
-lengths in chunks, tokens per second; of its floating-point operations (two per weight and token, the head once, and attention's own)
-the rate as a share of the 2048^3 product's. Decode: steps of several batch sizes after --context tokens, each with one token per
+lengths in chunks; their floating-point operations (two per weight and token, the head once, and attention's own) per second
+as a share of the 2048^3 product's. Decode: steps of several batch sizes after --context tokens, each with one token per
 sequence; the time in which weights and KV could be read once, or the products be made if that is longer, as a share of the step.
 No cluster, no HTTP: a runner, a block pool, and prompts of random tokens. Medians, and the range. A shape is made with random
 weights, without a download; a bfloat16 copy of them lies in --scratch for as long as it runs.
