@@ -26,6 +26,7 @@ from cluster.loopback import Hub
 from cluster.metrics import ClusterMetrics
 from cluster.preflight import max_model_len
 from cluster.scheduler_service import SchedulerService
+from cluster.speculation import make_speculator
 from cluster.tenants_file import TenantsFile, reserved_keys
 from configs.schema import Config
 from decode.worker import DecodeWorker
@@ -112,7 +113,8 @@ class LocalCluster:
             threads = self.config.decode.num_threads if role == "decode" else self.config.prefill.num_threads
             num_blocks = assembly.num_blocks(self.config, role, self.loaded)
             engine = assembly.build_engine(self.config, self.loaded, num_blocks, threads or None)
-        parts = assembly.Parts(self.config, engine, incarnation, network, clock, compute, compute, self._secret)
+        speculator = make_speculator(self.config, role, engine)
+        parts = assembly.Parts(self.config, engine, incarnation, network, clock, compute, compute, self._secret, speculator)
         worker = assembly.build_worker(role, parts, others, self.transports)
         if group is not None and isinstance(worker, PrefillWorker):
             group.tell = worker.handover.rank_landed

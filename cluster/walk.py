@@ -14,7 +14,7 @@ import msgspec
 from api.inbox import Inbox
 from cluster.timeline import Timeline
 from protocol.errors import Draining, InternalError, ReservationRefused, TandemError
-from protocol.events import Event, Finished, Placed, PromptScored, Timing, TokenLogprobs, Tokens, Usage
+from protocol.events import Event, Finished, Placed, PromptScored, Timing, Tokens, Usage
 from protocol.lifecycle import TERMINAL, Phase, move
 from protocol.messages import RequestFailed, TokenUpdate
 from protocol.network import Peer

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.sequence import Sequence
+from engine.sequence import Ahead, Sequence
 from engine.step import NOTHING, Extras, Step
 from kernels.ops import AttentionPlan, Span
 from protocol.kv import KVLayout
@@ -26,12 +26,18 @@ class Chunk:
     """Compute the next num_tokens tokens of a sequence, from sequence.num_computed on. Its blocks have room for them.
 
     samples: who gets a token from the last row's logits: () inside a prompt, usually (sequence,), and all siblings when
-    the prompt of a request with n > 1 ends.
+    the prompt of a request with n > 1 ends. draft: guesses at what follows the sequence's newest token, which this chunk ends
+    with; they are computed behind it, and each row of them gets a token as well (engine/verify.py says which of those stand).
     """
 
     sequence: Sequence
     num_tokens: int
     samples: tuple[Sequence, ...] = ()
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_tokens + len(self.draft)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,10 +50,11 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Wanted:
-    """Whom the logits of a step are for. samples: (sequence, row of the first call), empty when nobody samples; scored: one
-    entry for each of the calls after it, in order. scoring: the sequences whose prompt is scored by this step."""
+    """Whom the logits of a step are for. samples: (sequence, row of the first call), empty when nobody samples, and a sequence with
+    a draft is followed by itself ahead; scored: one entry for each of the calls after it, in order. scoring: the sequences
+    whose prompt is scored by this step."""
 
-    samples: tuple[tuple[Sequence, int], ...]
+    samples: tuple[tuple[Sequence | Ahead, int], ...]
     scored: tuple[Scored, ...]
     scoring: tuple[Sequence, ...]
 
@@ -76,23 +83,29 @@ def plan_step(chunks: SequenceOf[Chunk], block_size: int, extras: Extras = NOTHI
     contexts: list[int] = []
     blocks: list[list[int]] = []
     logit_rows: list[int] = []
-    sampled: list[tuple[Sequence, int]] = []
+    sampled: list[tuple[Sequence | Ahead, int]] = []
     scoring: list[tuple[Sequence, int, int]] = []
-    for chunk in sorted(chunks, key=lambda chunk: chunk.num_tokens > 1):
-        sequence, start = chunk.sequence, len(token_ids)
-        begin, end = sequence.num_computed, sequence.num_computed + chunk.num_tokens
+    for chunk in sorted(chunks, key=lambda chunk: chunk.num_rows > 1):
+        sequence, draft, start = chunk.sequence, chunk.draft, len(token_ids)
+        begin, end = sequence.num_computed, sequence.num_computed + chunk.num_rows
         assert 0 < chunk.num_tokens <= sequence.num_uncomputed, (sequence, chunk.num_tokens)
+        assert not draft or (chunk.num_tokens == sequence.num_uncomputed and chunk.samples == (sequence,)), (sequence, draft)
         assert end <= len(sequence.blocks) * block_size, f"{sequence} has no block for token {end - 1}"
-        token_ids += sequence.token_ids[begin:end]
-        lengths.append(chunk.num_tokens)
+        token_ids += sequence.token_ids[begin : begin + chunk.num_tokens]
+        token_ids += draft
+        lengths.append(chunk.num_rows)
         contexts.append(begin)
         blocks.append(sequence.blocks[: -(-end // block_size)])
         if is_scored(sequence):
+            assert not draft, f"{sequence} is scored and has a draft"
             scoring.append((sequence, len(logit_rows), chunk.num_tokens))
             logit_rows += range(start, len(token_ids))
         elif chunk.samples:
-            logit_rows.append(len(token_ids) - 1)
+            logit_rows.append(len(token_ids) - 1 - len(draft))
         sampled += [(sample, len(logit_rows) - 1) for sample in chunk.samples]
+        for place in range(len(draft)):
+            logit_rows.append(len(token_ids) - len(draft) + place)
+            sampled.append((Ahead(sequence, draft[: place + 1]), len(logit_rows) - 1))
     calls: list[list[int]] = []
     if sampled:
         calls.append(sorted({index for _, index in sampled}))

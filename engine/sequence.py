@@ -43,6 +43,12 @@ class TokenCounts:
             self.output[token] = self.output.get(token, 0) + 1
         self.num_counted = len(output_token_ids)
 
+    def copy(self) -> TokenCounts:
+        """To count on from here without touching this one; the prompt, which no longer changes, is shared."""
+        other = TokenCounts(())
+        other.prompt, other.output, other.num_counted = self.prompt, dict(self.output), self.num_counted
+        return other
+
 
 class Sequence:
     """token_ids: prompt + output. blocks[i] holds the KV of tokens [i*block_size, (i+1)*block_size).
@@ -143,3 +149,41 @@ class Sequence:
         """For preemption: nothing is computed any more. Returns the blocks, whose references the caller releases."""
         blocks, self.blocks, self.num_computed = self.blocks, [], 0
         return blocks
+
+
+class Ahead:
+    """A sequence as if the first tokens of a draft had been sampled: what the sampler asks of a sequence, nothing more.
+
+    Never kept: it is right for the step it was made for.
+    """
+
+    __slots__ = ("sequence", "draft", "token_counts")
+
+    def __init__(self, sequence: Sequence, draft: tuple[int, ...]) -> None:
+        assert draft, "nothing is ahead"
+        self.sequence = sequence
+        self.draft = draft
+        self.token_counts = sequence.token_counts.copy() if sequence.token_counts is not None else None
+
+    def __len__(self) -> int:
+        return len(self.sequence) + len(self.draft)
+
+    @property
+    def request(self) -> Request:
+        return self.sequence.request
+
+    @property
+    def choice(self) -> int:
+        return self.sequence.choice
+
+    @property
+    def is_simple(self) -> bool:
+        return self.sequence.is_simple
+
+    @property
+    def output_len(self) -> int:
+        return self.sequence.output_len + len(self.draft)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return [*self.sequence.output_token_ids, *self.draft]

@@ -234,8 +234,11 @@ def test_long_stop_strings_cost_little(byte_level: Tokenizer) -> None:
 # ---- random glyphs in random bytes ---------------------------------------------------------------------------------------
 
 GLYPHS = st.sampled_from(
-    ["a", " ", "\n", "é", "e\u0301", "ß", "漢", "字", "かな", "한", "नमस्ते", "🙂", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪", "\u0301", "\u200d", "\ufeff", "\U0010fffd"]
-)  # fmt: skip
+    ["a", " ", "\n", "\u00e9", "e\u0301", "\u00df", "\u6f22", "\u5b57", "\u304b\u306a", "\ud55c"]  # accents, CJK
+    + ["\u0928\u092e\u0938\u094d\u0924\u0947", "\u0301", "\u200d", "\ufeff", "\U0010fffd"]  # combining, joining, the last plane
+    + ["\U0001f642", "\U0001f44d\U0001f3fd", "\U0001f1e9\U0001f1ea", "\U0001f3f3\ufe0f\u200d\U0001f308"]  # emoji, composed ones
+    + ["\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"]
+)
 
 
 def as_tokens(tokenizer: Tokenizer, parts: list[tuple[str, bool]], single: dict[bytes, int]) -> list[int]:
