@@ -246,6 +246,7 @@ def build_decode(parts: Parts, others: Others, transports: tuple[str, ...]) -> D
         max_num_seqs=config.decode.max_num_seqs,
         max_num_batched_tokens=config.decode.max_num_batched_tokens,
         enable_chunked_prefill=config.decode.enable_chunked_prefill,
+        without=config.decode.without,
     )
     theirs = {rank: (caller, others.endpoints[rank]) for rank, caller in others.callers.items()}
     receivers = GroupReceivers(rank_receivers(parts, transports), theirs)

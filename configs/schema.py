@@ -125,6 +125,10 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prompt_lookup_max: Annotated[int, Meta(ge=1, le=64), says("ngram: as many of the last tokens are looked for")] = 4
     prompt_lookup_min: Annotated[int, Meta(ge=1, le=64), says("ngram: with fewer of them found nothing is guessed")] = 2
     adapt_speculation: Annotated[bool, says("guess only as far as it was measured to pay; false: always all of them")] = True
+    without: Annotated[
+        Literal["nothing", "continuous-batching", "paging"],
+        says("for `bench ablate`: a batch runs to its end before another begins, or a sequence holds blocks for model.max_len"),
+    ] = "nothing"
     tp: Annotated[GroupSize, says("tensor ranks of a decode worker: so many processes share each layer's heads")] = 1
     pp: Annotated[GroupSize, says("pipeline stages of a decode worker: so many groups of tensor ranks share the layers")] = 1
     num_threads: Annotated[CountOrAuto, says("CPU threads of each rank of a decode worker; 0: its share of the cores")] = 0
@@ -176,6 +180,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Literal["fcfs", "priority", "fair", "slo"],
         says("order of the queue: arrival; bands; bands, then tenants' fair shares; the same, then deadlines that can be kept"),
     ] = "slo"
+    admission: Annotated[
+        bool, says("promises, buckets and retries may refuse a request; false, for `bench ablate`: only full queues do")
+    ] = True
     tenants_file: Annotated[str | None, says("YAML with classes and tenants, read again when it changes; none: one of each")] = None
     max_queue_requests: Annotated[Count, says("waiting requests, then 429 or 503")] = 1024
     max_queue_tokens: Annotated[int, Meta(ge=1, le=10**12), says("prompt tokens waiting, then 429 or 503")] = 4_000_000

@@ -22,15 +22,18 @@ Opening = tuple[int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]
 
 
 class Sequences:
-    """running: in order of arrival, blocks held. preempted: in the order they return, no blocks held."""
+    """running: in order of arrival, blocks held. preempted: in the order they return, no blocks held. whole_len: without paging,
+    for how many tokens a sequence holds blocks from its beginning on; 0: as many as it has."""
 
-    def __init__(self, pool: BlockPool, layout: KVLayout, swap: Swap | None = None) -> None:
+    def __init__(self, pool: BlockPool, layout: KVLayout, swap: Swap | None = None, whole_len: int = 0) -> None:
+        self.whole_len = whole_len
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self._pool = pool
         self._layout = layout
         self._swap = swap
         self._jobs: dict[int, Job] = {}  # by id(sequence)
+        self._batch: list[Sequence] = []  # of static batching
         self._copies: dict[int, tuple[int, int]] = {}  # id(sequence) -> (shared block, own block) to copy before its next step
         self._openings: dict[int, Opening] = {}  # id(sequence)
 
@@ -89,10 +92,18 @@ class Sequences:
             self._adopt(job, sequence)
         if not job.sequences:
             self._pool.release(blocks)
+        self.hold(list(job.sequences.values()), job.spare_blocks)
         self._pool.release(job.spare_blocks)
         job.spare_blocks = []
         for sequence in job.sequences.values():
             seal_full_blocks(self._pool, sequence, self._layout)
+
+    def hold(self, sequences: list[Sequence], spare: list[int]) -> None:
+        """Without paging: blocks out of `spare` for all the tokens that each may ever have."""
+        for sequence in sequences:
+            missing = max(0, self._layout.num_blocks_for(self.whole_len) - len(sequence.blocks))
+            sequence.blocks += spare[:missing]
+            del spare[:missing]
 
     def part_ways(self, job: Job, chunk: Chunk) -> None:
         """The siblings of a prompt that was prefilled here once for all n choices."""
@@ -183,6 +194,12 @@ class Sequences:
         if _is_shared_prompt(job, sequence):
             missing = [c for c in range(job.request.sampling.n) if c not in job.sequences and c not in job.ended]
         return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(choice) for choice in missing)))
+
+    def static_batch(self, most: int) -> list[Sequence]:
+        """Who takes part in a step without continuous batching: those who began together, until the last of them is over."""
+        running = {id(sequence) for sequence in self.running}
+        self._batch = [sequence for sequence in self._batch if id(sequence) in running] or self.running[:most]
+        return self._batch
 
     def take_copies(self, chunks: Iterable[Chunk]) -> list[tuple[int, int]]:
         """(shared, own) block pairs to copy before this step; give them to `copied` after it."""

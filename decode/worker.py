@@ -83,6 +83,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 256
     enable_chunked_prefill: bool = True
     max_jobs: int = 4096  # requests that may hold or wait for blocks at once
+    without: str = "nothing"  # or "continuous-batching", "paging": for measuring what they are worth
 
 
 class DecodeWorker:
@@ -109,7 +110,7 @@ class DecodeWorker:
         self._compute = compute
         self._jobs: dict[str, Job] = {}  # by request_id: one attempt at a time
         self._cancelled: OrderedDict[tuple[str, int], None] = OrderedDict()  # attempts that are over before they came
-        self._sequences = Sequences(pool, settings.layout, swap)
+        self._sequences = Sequences(pool, settings.layout, swap, settings.max_model_len if settings.without == "paging" else 0)
         limits = Limits(settings.max_num_batched_tokens, settings.max_model_len, settings.layout.block_size)
         self.drafting = Drafting(speculator, self._sequences, pool, limits) if speculator is not None else None
         self._in_step = False
@@ -354,13 +355,14 @@ class DecodeWorker:
         budget = Budget(self.settings.max_num_seqs, self.settings.max_num_batched_tokens, self.settings.enable_chunked_prefill)
         block_size = self.settings.layout.block_size
         mine = self._sequences
-        growing = None if mine.preempted else steady(mine.running, self.pool.num_free, block_size, budget)
+        running = mine.running if self.settings.without != "continuous-batching" else mine.static_batch(budget.max_num_seqs)
+        growing = None if mine.preempted else steady(running, self.pool.num_free, block_size, budget)
         if growing is not None:
             for sequence in growing:
                 mine.grow(sequence)
-            chunks = [sequence.chunk or mine.chunk(sequence, 1) for sequence in mine.running]
+            chunks = [sequence.chunk or mine.chunk(sequence, 1) for sequence in running]
         else:
-            decided = plan(mine.running, mine.preempted, self.pool.num_free, block_size, budget)
+            decided = plan(running, mine.preempted, self.pool.num_free, block_size, budget)
             for sequence in decided.preempt:
                 mine.preempt(sequence)
             left_out = {id(sequence) for sequence in decided.grow if not mine.grow(sequence)}
@@ -373,7 +375,6 @@ class DecodeWorker:
 
     def _emit(self, chunks: list[Chunk], result: StepResult) -> None:
         """Apply the step to its sequences and tell each gateway in one frame."""
-        now = self._clock()
         peer: Peer | None = None
         updates: list[TokenUpdate] = []
         frames: dict[int, tuple[Peer, list[TokenUpdate]]] = {}
@@ -409,7 +410,7 @@ class DecodeWorker:
                     updates = frames.setdefault(id(peer), (peer, []))[1]
                 updates.append(self._advance(job, sequence, came))
         for peer, updates in frames.values():
-            self.last_token_at = now
+            self.last_token_at = self._clock()
             peer.send(TokenFrame(tuple(updates)))
 
     def _after_prompt(self, job: Job, chunk: Chunk, result: StepResult) -> None:
