@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from bench import (
+    ablate,
     capacity,
     engine,
     fairness,
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("http", http),
         ("gateway", gateway),
         ("engine", engine),
+        ("ablate", ablate),
         ("kv", kv),
         ("serve", serve),
         ("observing", observing),

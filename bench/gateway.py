@@ -284,15 +284,14 @@ class Engine:
 
 
 def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop]:
-    """Raises SystemExit."""
-    if name == "asyncio":
-        return asyncio.new_event_loop
+    """As uvicorn makes its loop. Raises SystemExit."""
+    import uvicorn
+
     try:
-        import uvloop
+        factory = uvicorn.Config("bench", loop=cast(Any, name)).get_loop_factory()
     except ImportError:
         raise SystemExit("bench gateway: uvloop is not installed (it comes with ray[serve]); --loop asyncio does without") from None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+    return factory or asyncio.new_event_loop
 
 
 # ---- the gateway's process -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Checkpoints of real models' shapes with random weights, made on the spot: speed does not depend on what the numbers are.
 
-Nothing is downloaded. Names and shapes are Hugging Face's, so what loads a real one loads these. Called by `bench/engine.py`.
+Nothing is downloaded. Names and shapes are Hugging Face's, so what loads a real one loads these.
+Called by `bench/engine.py` and `bench/ablate.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
         "tie_word_embeddings": True, "hidden_act": "silu", "eos_token_id": 151645, "attention_bias": False,
     },
+    "small": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8192, "hidden_size": 512,
+        "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "head_dim": 64, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "hidden_act": "silu", "eos_token_id": 0,
+    },
     "tiny": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 512, "hidden_size": 64,
         "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -37,11 +44,21 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(shape: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """config.json and one safetensors file in bfloat16, as small as its numbers need; returns folder."""
+def make(shape: str, folder: Path, seed: int = 0, with_tokenizer: bool = False, **changes: Any) -> Path:
+    """config.json and one safetensors file in bfloat16; returns folder. with_tokenizer: also one whose token i is the word "wI", so
+    that it can be served."""
     config = {**SHAPES[shape], "torch_dtype": "bfloat16", **changes}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+    if with_tokenizer:
+        words = {f"w{i}": i for i in range(config["vocab_size"])}
+        tokenizer = {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+            "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+            "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+        }  # fmt: skip
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: _drawn(size, generator) for name, size in _tensors(config)}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
