@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 import decode.worker
 import prefill.worker
-from cluster.preflight import DEFAULT_BLOCK_SIZE, cpu_kv_bytes, max_model_len, runs_on_cpu
+from cluster.preflight import DEFAULT_BLOCK_SIZE, cpu_kv_bytes, kv_share, max_model_len, runs_on_cpu
 from configs.schema import Config
 from decode.worker import DecodeWorker
 from engine.batch import Chunk
@@ -28,7 +28,9 @@ from engine.host_tier import HostTier
 from engine.memory import num_blocks_on_cpu, num_blocks_on_gpu
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
+from engine.speculation.speculator import Speculator
 from engine.step_log import StepLog, path_for
+from engine.swap import Swap
 from kvtransfer.group import Connector, RankTransfers
 from kvtransfer.layout import Place, rank_layout
 from kvtransfer.link import make_receivers, usable
@@ -50,6 +52,7 @@ from protocol.request import Request, SamplingParams
 
 WHOLE = Shard()
 GROUP_TIMEOUT_S = 60.0  # the longest that a rank waits for another one, in a step or for one
+MAX_SWAP_NBYTES = 4 << 30  # of host memory for preempted sequences where nobody said how much
 JOIN_TIMEOUT_S = 300.0  # for the slowest rank to come
 _T = TypeVar("_T")
 Compute = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -64,6 +67,7 @@ class Engine(NamedTuple):
     pool: BlockPool
     runner: ModelRunner
     max_model_len: int
+    tier: HostTier | None = None
 
 
 def load(
@@ -85,9 +89,10 @@ def num_blocks(config: Config, role: str, loaded: LoadedModel) -> int:
         return config.model.num_blocks_override
     own = rank_layout(whole_layout(config, loaded), loaded.shard.parallel, loaded.shard.rank)
     max_len = max_model_len(config, loaded.config)
+    share = kv_share(config, role, own)
     if loaded.device.type == "cuda":
-        return num_blocks_on_gpu(own, config.model.gpu_memory_utilization, max_len, loaded.device)
-    return num_blocks_on_cpu(own, cpu_kv_bytes(config, role), max_len)
+        return int(num_blocks_on_gpu(own, config.model.gpu_memory_utilization, max_len, loaded.device) * share)
+    return num_blocks_on_cpu(own, int(cpu_kv_bytes(config, role) * share), max_len)
 
 
 def build_engine(
@@ -99,7 +104,7 @@ def build_engine(
     runner = ModelRunner(loaded, kv.tensor, layout, num_threads, group=group)
     tier = HostTier(kv, config.model.host_cache_bytes) if config.model.host_cache_bytes else None
     pool = BlockPool(num_blocks, layout.block_size, config.model.enable_prefix_caching, tier)
-    return Engine(loaded, layout, kv, pool, runner, max_model_len(config, loaded.config))
+    return Engine(loaded, layout, kv, pool, runner, max_model_len(config, loaded.config), tier)
 
 
 def num_threads(config: Config, role: str) -> int:
@@ -204,6 +209,7 @@ class Parts(NamedTuple):
     compute: Compute
     verify_compute: Compute
     secret: bytes
+    speculator: Speculator | None = None
 
 
 def place_of(engine: Engine) -> Place:
@@ -243,11 +249,26 @@ def build_decode(parts: Parts, others: Others, transports: tuple[str, ...]) -> D
         max_num_seqs=config.decode.max_num_seqs,
         max_num_batched_tokens=config.decode.max_num_batched_tokens,
         enable_chunked_prefill=config.decode.enable_chunked_prefill,
+        without=config.decode.without,
     )
     theirs = {rank: (caller, others.endpoints[rank]) for rank, caller in others.callers.items()}
     receivers = GroupReceivers(rank_receivers(parts, transports), theirs)
     assert parts.network is not None
-    return DecodeWorker(settings, engine.runner, engine.pool, receivers, parts.network, parts.clock, parts.compute, parts.secret)
+    swap = make_swap(engine) if config.decode.preemption_mode == "swap" else None
+    return DecodeWorker(
+        settings, engine.runner, engine.pool, receivers, parts.network, parts.clock, parts.compute, parts.secret,
+        speculator=parts.speculator, swap=swap,
+    )  # fmt: skip
+
+
+def make_swap(engine: Engine) -> Swap:
+    """Over the host tier of the prefix cache; where there is none one of the pool's own size, and evicted prefixes go there too."""
+    pool = engine.pool
+    tier = engine.tier or pool.tier
+    if not isinstance(tier, HostTier):
+        tier = HostTier(engine.kv, min(engine.kv.nbytes, MAX_SWAP_NBYTES))
+        pool.tier = tier if pool.enable_prefix_caching else None
+    return Swap(tier, pool)
 
 
 def build_prefill(parts: Parts, others: Others, transports: tuple[str, ...]) -> PrefillWorker:

@@ -62,7 +62,11 @@ class SchedulerActor:
                 clock = time.monotonic  # uvloop rounds its own clock to milliseconds
                 path = self._config.scheduler.tenants_file
                 names = ",".join(one.served_name for one in self._config.each())  # its series are of all models together
-                scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
+                scheduler = Scheduler(
+                    self._config.scheduler,
+                    enable_prefix_caching=self._config.model.enable_prefix_caching,
+                    admission=self._config.scheduler.admission,
+                )
                 self._service = SchedulerService(
                     scheduler,
                     network,

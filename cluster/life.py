@@ -122,8 +122,11 @@ class WorkerLife:
     async def _serve(self, assembly: Any, others: Any) -> None:
         """Build the worker of this role around the engine, and make it part of the cluster."""
         config = self._config
+        speculator = await self._in_engine_thread(lambda: _make_speculator(config, self._role, self._engine))
         computes = (self._in_engine_thread, self._in_verify_thread)
-        parts = assembly.Parts(config, self._engine, self.incarnation, self._network, time.monotonic, *computes, self._secret)
+        parts = assembly.Parts(
+            config, self._engine, self.incarnation, self._network, time.monotonic, *computes, self._secret, speculator
+        )
         self.worker = assembly.build_worker(self._role, parts, others, assembly.transports_of(config))
         if self._leader is not None and self._role == "prefill":
             self._leader.on_landed = self.worker.handover.rank_landed
@@ -337,6 +340,12 @@ def import_engine() -> Any:
     from cluster import assembly
 
     return assembly
+
+
+def _make_speculator(config: Config, role: str, engine: Engine) -> Any:
+    from cluster.speculation import make_speculator
+
+    return make_speculator(config, role, engine)
 
 
 def _describe(engine: Engine) -> str:

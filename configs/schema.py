@@ -107,9 +107,36 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: Annotated[Count, says("sequences in one decode step")] = 64
     max_num_batched_tokens: Annotated[Count, says("tokens in one decode step, prompts it prefills itself included")] = 256
     enable_chunked_prefill: Annotated[bool, says("a decode worker prefills in pieces, between others' tokens")] = True
+    preemption_mode: Annotated[
+        Literal["recompute", "swap"],
+        says(
+            "the KV of a sequence that gives up its blocks; swap: host memory keeps it, model.host_cache_bytes or, where that is "
+            "0, as much as the pool but 4 GiB at most"
+        ),
+    ] = "recompute"
+    speculative_method: Annotated[
+        Literal["ngram", "draft"] | None,
+        says("who guesses tokens that a step then verifies; ngram: the text; draft: speculative_model, which implies it"),
+    ] = None
+    speculative_model: Annotated[
+        str | None, says("the draft model, beside each decode worker: a directory or a hub id, of the same tokenizer")
+    ] = None
+    num_speculative_tokens: Annotated[int, Meta(ge=1, le=32), says("the most tokens that are guessed at once")] = 4
+    prompt_lookup_max: Annotated[int, Meta(ge=1, le=64), says("ngram: as many of the last tokens are looked for")] = 4
+    prompt_lookup_min: Annotated[int, Meta(ge=1, le=64), says("ngram: with fewer of them found nothing is guessed")] = 2
+    adapt_speculation: Annotated[bool, says("guess only as far as it was measured to pay; false: always all of them")] = True
+    without: Annotated[
+        Literal["nothing", "continuous-batching", "paging"],
+        says("for `bench ablate`: a batch runs to its end before another begins, or a sequence holds blocks for model.max_len"),
+    ] = "nothing"
     tp: Annotated[GroupSize, says("tensor ranks of a decode worker: so many processes share each layer's heads")] = 1
     pp: Annotated[GroupSize, says("pipeline stages of a decode worker: so many groups of tensor ranks share the layers")] = 1
     num_threads: Annotated[CountOrAuto, says("CPU threads of each rank of a decode worker; 0: its share of the cores")] = 0
+
+    @property
+    def speculation(self) -> str | None:
+        """The method in force: a draft model alone says what it is for."""
+        return "draft" if self.speculative_method is None and self.speculative_model is not None else self.speculative_method
 
     @property
     def parallel(self) -> Parallel:
@@ -153,6 +180,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Literal["fcfs", "priority", "fair", "slo"],
         says("order of the queue: arrival; bands; bands, then tenants' fair shares; the same, then deadlines that can be kept"),
     ] = "slo"
+    admission: Annotated[
+        bool, says("promises, buckets and retries may refuse a request; false, for `bench ablate`: only full queues do")
+    ] = True
     tenants_file: Annotated[str | None, says("YAML with classes and tenants, read again when it changes; none: one of each")] = None
     max_queue_requests: Annotated[Count, says("waiting requests, then 429 or 503")] = 1024
     max_queue_tokens: Annotated[int, Meta(ge=1, le=10**12), says("prompt tokens waiting, then 429 or 503")] = 4_000_000
@@ -320,6 +350,7 @@ INHERITED = frozenset(
         *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("max_num_batched_tokens", "max_num_seqs")),
         *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("num_threads", "price_per_hour", "is_spot")),
         "decode.enable_chunked_prefill",
+        "decode.preemption_mode",
     }
 )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _packed_linear = torch.ops.mkldnn._linear_pointwise
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Span:
+class Span(NamedTuple):  # of all frozen things the quickest to make, and every step makes one for each sequence
     """Rows [start, start + length) of a batch are the tokens of one sequence that follow its context_len computed ones.
 
     blocks: the sequence's blocks, at least as many as context_len + length tokens need; index: the same as a tensor.

@@ -68,7 +68,10 @@ def learn_from_beat(worker: WorkerState, before: WorkerStats | None, after: Work
     num_generated = after.generation_tokens - before.generation_tokens
     if num_prompt > 0.02 * num_generated or num_generated <= 0:
         return
-    num_seqs = num_generated / num_steps
+    # With speculation a step yields several tokens of a sequence; what is learned is the time of one.
+    num_slots = (after.decode_slots - before.decode_slots) or num_generated
+    num_seqs = num_slots / num_steps
+    step_s *= num_slots / num_generated
     # Of those that decode: what is still being prefilled elsewhere is in no step here.
     context = (worker.num_context_tokens - worker.num_coming_tokens) * num_seqs / max(1.0, worker.num_decoding)
     predicted = worker.cost.decode_s(num_seqs, context)
