@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import capacity, fairness, fidelity, http, kv, observing, promises, scheduler, serve, simulator, startup
+from bench import capacity, fairness, fidelity, http, kv, observing, perplexity, promises, scheduler, serve, simulator, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("fidelity", fidelity),
         ("simulator", simulator),
         ("promises", promises),
+        ("perplexity", perplexity),
         ("scheduler", scheduler),
     ):
         assert module.__doc__ is not None

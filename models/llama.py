@@ -189,6 +189,13 @@ class Llama:
             else:
                 self.head = packed(self.head)
 
+    def weight_nbytes(self) -> int:
+        """Memory of this rank's parameters."""
+        held: dict[int, Any] = {}
+        for holder, names in ((self, ("embedding", "norm", "head")), *((layer, Layer.__slots__) for layer in self.layers)):
+            held |= {id(value): value for name in names if (value := getattr(holder, name, None)) is not None and name != "window"}
+        return sum(value.numel() * value.itemsize if isinstance(value, Tensor) else value.nbytes for value in held.values())
+
     def embed(self, batch: ForwardBatch) -> Tensor:
         """[num_tokens, hidden_size]. A token outside of this rank's rows is zero here, and what it is on one other rank."""
         vocab = self.own.vocab
