@@ -170,7 +170,8 @@ class StoredRows:
         self._tensors.clear()
         into = self.into
         if into.axis == 1:
-            codes = codes.columns(into.start, into.start + into.matrix.in_width)
+            if into.matrix.in_width < codes.codes.shape[1]:
+                codes = codes.columns(into.start, into.start + into.matrix.in_width)
             rows = slice(None)
         else:
             rows = slice(into.start, into.start + into.count)
