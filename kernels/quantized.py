@@ -18,7 +18,7 @@ from kernels.panels import INT4, INT8, INT8_ZEROS, MIDDLE_OF_INT4, PANEL, PanelM
 INT4_GROUP_LEN = 32
 SMALLEST_SCALE = 2.0**-24  # float16's smallest
 # Divisors of a group's largest weight that int4 rounding tries; 8 lets it have the code that only negative numbers have.
-INT4_DIVISORS = (-8.9, -8.45, -8.0, -7.6, -7.2, 7.2, 7.6, 8.0, 8.45, 8.9)
+INT4_DIVISORS = (-8.6, -8.0, -7.4, 7.4, 8.0, 8.6)
 ROUNDED_NUMEL = 1 << 16  # weights rounded at a time: what a second-level cache holds with all that is tried
 
 

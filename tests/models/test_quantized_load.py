@@ -113,6 +113,7 @@ def test_loading_needs_little_more_than_the_quantised_model(tmp_path: Path) -> N
     folder = make_checkpoint("llama", tmp_path, dtype="bfloat16", num_attention_heads=8, num_key_value_heads=8, **config)
     code = """
 import sys, torch
+torch.set_num_threads(1)
 from models.load import load_model
 from kernels.panels import warm_up
 def anonymous():
