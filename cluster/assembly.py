@@ -75,7 +75,7 @@ def load(
 ) -> LoadedModel:
     """The model, or one rank's part of it."""
     model = config.model
-    return load_model(model.name, model.dtype, model.device, progress, model.revision or None, shard=shard, ranks=group)
+    return load_model(model.name, model.dtype, model.device, progress, model.revision or None, shard, group, model.quantization)
 
 
 def whole_layout(config: Config, loaded: LoadedModel) -> KVLayout:

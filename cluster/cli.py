@@ -141,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in (("--tp", "tensor ranks"), ("--pp", "pipeline stages")):
         memory.add_argument(name, type=int, default=1, metavar="N", help=f"{text} (default: 1)")
     memory.add_argument("--dtype", help="of weights and KV (default: the checkpoint's)")
+    memory.add_argument("--quantization", default="auto", help="int8 or int4 weights, as tandem serve rounds them (default: auto)")
     memory.add_argument("--max-model-len", type=int, metavar="TOKENS", help="of a full sequence (default: what the model allows)")
     memory.add_argument("--context", type=int, metavar="TOKENS", help="of a sequence as you expect them")
     memory.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="(default: 0.9)")
@@ -386,6 +387,7 @@ def run_memory(args: argparse.Namespace) -> int:
         args.gpu_memory_utilization,
         args.max_model_len,
         args.context,
+        args.quantization,
     )
     return memory.show(asked, args.json)
 

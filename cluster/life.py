@@ -352,7 +352,8 @@ def _describe(engine: Engine) -> str:
     loaded = engine.loaded
     read = loaded.progress
     speed = f"; {read.bytes_total / 1e9:.2f} GB at {read.gb_per_s:.1f} GB/s" if read.bytes_total else ""
-    return f"{loaded.config.architecture} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}{speed}"
+    weights = f", {loaded.quantization} weights" if loaded.quantization.is_any else ""
+    return f"{loaded.config.architecture} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}{weights}{speed}"
 
 
 def _pool(engine: Engine) -> str:

@@ -58,7 +58,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
         says("seeds of requests without one are drawn from it, in their order at each gateway; none: at random"),
     ] = None
-    quantization: Annotated[Literal["none"], says("of the weights")] = "none"
+    quantization: Annotated[
+        Literal["auto", "none", "int8", "int4"],
+        says("weights as they are loaded: int8 or int4 with sums in float32, none: floats, auto: as the checkpoint is"),
+    ] = "auto"
     step_log: Annotated[
         str | None, says("a line of JSON for each step goes to FILE.WORKER, as steps.decode-0.jsonl for steps.jsonl")
     ] = None
@@ -371,7 +374,8 @@ def with_inherited(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 # Known values of other systems that are refused with a reason rather than a list of choices.
 REFUSALS = {
-    "model.quantization": "weights run as they are stored; quantized weights are not built yet",
+    "model.quantization": "int8 and int4 are made at load, GPTQ and AWQ checkpoints are recognised by themselves; others are not "
+    "built yet",
     "transfer.verify": "KV that nobody verified is never read, so this cannot be switched off",
 }
 

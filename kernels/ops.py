@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
+from kernels.panels import PanelMatrix, StackedMatrix
 
 PIECE_LEN = 4096  # tokens of context that are copied out of the pool at a time: bounds memory for long contexts
 WINDOW_QUERIES = 256  # queries per explicit mask under sliding-window attention
+
+Matrix = Tensor | PanelMatrix | StackedMatrix  # what linear() multiplies by
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _packed_linear = torch.ops.mkldnn._linear_pointwise
@@ -92,11 +95,13 @@ def pack(weight: Tensor) -> Tensor:
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x [rows, in] @ weight [out, in].T + bias + residual [rows, out] -> contiguous [rows, out]. weight may be packed.
 
     May overwrite the residual.
     """
+    if not isinstance(weight, Tensor):
+        return weight.linear(x, bias, residual)
     if on_gpu(x.device):
         from kernels import cuda_ops
 

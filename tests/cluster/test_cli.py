@@ -35,7 +35,7 @@ OTHER = {
     "--host-cache-bytes": "5000",
     "--gpu-memory-utilization": "0.5",
     "--seed": "7",
-    "--quantization": None,  # has no other value yet
+    "--quantization": "int4",
     "--chat-template": "t.jinja",
     "--step-log": "steps.jsonl",
     "--prefill": "3",
