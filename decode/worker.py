@@ -25,6 +25,8 @@ from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
+from engine.cores import BORROWED_S, Cores
+from engine.pace import Pace
 from engine.prefix import forget_prefix
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
@@ -111,7 +113,10 @@ class DecodeWorker:
         self.last_token_at: float | None = None
         self._step_began_at = 0.0
         self._counts: dict[str, float] = defaultdict(float)
+        self._step_s = 0.0  # of the newest step
         self.step_log: StepLog | None = None
+        self.cores: Cores | None = None  # who says how many threads a step may use; none: always the runner's number
+        self.pace = Pace()
         self.handover = Handover(
             settings.incarnation, settings.layout, pool, receivers, network, clock, secret, self._fail_transfer, self.wake
         )
@@ -284,6 +289,7 @@ class DecodeWorker:
     async def run(self) -> None:
         while True:
             if not self._sequences:
+                self._rest()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -295,6 +301,7 @@ class DecodeWorker:
         try:
             chunks = self._plan()
             if not chunks:
+                self._rest()
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), STALL_S)
@@ -315,12 +322,14 @@ class DecodeWorker:
         self._in_step = True
         self._step_began_at = self._clock()
         try:
-            return await self._compute(lambda: self.runner.run(chunks, None, Extras(copies=tuple(copies))))
+            result = await self._compute(lambda: self.runner.run(chunks, None, Extras(copies=tuple(copies))))
+            self.pace.learn(result.stats, self.runner.num_threads or 0)
+            return result
         finally:
             self._in_step = False
             self._sequences.copied(copies)
             self._counts["num_steps"] += 1
-            seconds = self._clock() - self._step_began_at
+            seconds = self._step_s = self._clock() - self._step_began_at
             self._counts["step_s"] += seconds
             if self.step_log is not None:
                 self._log_step(self.step_log, chunks, seconds)
@@ -339,7 +348,7 @@ class DecodeWorker:
             self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
 
     def _plan(self) -> list[Chunk]:
-        budget = Budget(self.settings.max_num_seqs, self.settings.max_num_batched_tokens, self.settings.enable_chunked_prefill)
+        budget = Budget(self.settings.max_num_seqs, self._max_tokens(), self.settings.enable_chunked_prefill)
         block_size = self.settings.layout.block_size
         mine = self._sequences
         decided = plan(mine.running, mine.preempted, self.pool.num_free, block_size, budget)
@@ -349,6 +358,29 @@ class DecodeWorker:
         left_out |= {id(sequence) for sequence in decided.restart if not mine.restart(sequence)}
         self._counts["num_preemptions"] += len(decided.preempt)
         return [self._chunk(s, min(n, s.num_uncomputed)) for s, n in decided.chunks if id(s) not in left_out]
+
+    def _max_tokens(self) -> int:
+        """Of the next step; and its threads are taken. Work on borrowed cores is cut: their owner may wake at any time."""
+        most = self.settings.max_num_batched_tokens
+        if self.cores is None:
+            return most
+        threads = self.cores.take(self._step_s)
+        if threads > self.cores.num_own:
+            most = self._tokens_within(BORROWED_S, threads, most)
+        self.runner.num_threads = threads
+        return most
+
+    def _tokens_within(self, limit_s: float, threads: int, most: int) -> int:
+        """How many tokens a step of all that decode, and of a part of a prompt, may have to end in time."""
+        prompt = next((s for s in self._sequences.running if s.num_uncomputed > 1), None)
+        if prompt is None:
+            return most
+        decoding = [s.num_computed for s in self._sequences.running if s.num_uncomputed == 1]
+        return len(decoding) + self.pace.most_tokens(limit_s, threads, most, prompt.num_computed, len(decoding), sum(decoding))
+
+    def _rest(self) -> None:
+        if self.cores is not None:
+            self.cores.rest()
 
     def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         if num_tokens < sequence.num_uncomputed:
