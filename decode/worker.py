@@ -26,7 +26,7 @@ from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
 from engine.cores import BORROWED_S, Cores
-from engine.pace import Pace
+from engine.pace import Load, Pace
 from engine.prefix import forget_prefix
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
@@ -364,19 +364,14 @@ class DecodeWorker:
         most = self.settings.max_num_batched_tokens
         if self.cores is None:
             return most
-        threads = self.cores.take(self._step_s)
-        if threads > self.cores.num_own:
-            most = self._tokens_within(BORROWED_S, threads, most)
-        self.runner.num_threads = threads
-        return most
-
-    def _tokens_within(self, limit_s: float, threads: int, most: int) -> int:
-        """How many tokens a step of all that decode, and of a part of a prompt, may have to end in time."""
-        prompt = next((s for s in self._sequences.running if s.num_uncomputed > 1), None)
-        if prompt is None:
-            return most
-        decoding = [s.num_computed for s in self._sequences.running if s.num_uncomputed == 1]
-        return len(decoding) + self.pace.most_tokens(limit_s, threads, most, prompt.num_computed, len(decoding), sum(decoding))
+        running = self._sequences.running
+        prompt = next((s for s in running if s.num_uncomputed > 1), None)
+        decoding = [s.num_computed for s in running if s.num_uncomputed == 1]
+        room = 0 if prompt is None else min(most - len(decoding), prompt.num_uncomputed)
+        load = Load(prompt.num_computed if prompt is not None else 0, max(0, room), len(decoding), sum(decoding))
+        choice = self.pace.choose(BORROWED_S, self.cores.num_own, self.cores.take(self._step_s), load)
+        self.runner.num_threads = choice.num_threads
+        return most if choice.max_tokens >= room else len(decoding) + choice.max_tokens
 
     def _rest(self) -> None:
         if self.cores is not None:

@@ -20,7 +20,7 @@ import msgspec
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
 from engine.cores import BORROWED_S, Cores
-from engine.pace import Pace
+from engine.pace import Load, Pace
 from engine.prefix import attach_prefix, forget_prefix, seal_full_blocks
 from engine.runner import ModelRunner, StepResult
 from engine.sampler import Sample
@@ -367,11 +367,11 @@ class PrefillWorker:
         if self.cores is None:
             return most
         first = jobs[0].sequence.num_computed if jobs else 0
-        threads = self.cores.take(self._step_s)
-        if threads > self.cores.num_own:
-            most = self.pace.most_tokens(BORROWED_S, threads, most, first)
-        self.runner.num_threads = threads
-        return most
+        left = sum(job.sequence.num_uncomputed for job in jobs)
+        offered = self.cores.take(self._step_s)
+        choice = self.pace.choose(BORROWED_S, self.cores.num_own, offered, Load(first, min(most, left)))
+        self.runner.num_threads = choice.num_threads
+        return choice.max_tokens
 
     def _extras(self, pushes: list[Push]) -> Extras:
         """What the other ranks push beside what `_push` pushes here. Nobody else writes to this pool, so steps may overlap."""
