@@ -118,6 +118,7 @@ class LLM:
     ) -> None:
         if tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size above 1 is not built yet", param="tensor_parallel_size")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # but some 0.1 ms, so that one step's products find them awake
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning idle threads cost more than they save; read when torch loads
         from cluster.local import LocalCluster
         from configs.load import load

@@ -7,6 +7,7 @@ in a process of its own) and `local.py` (all in one process). No Ray here.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -22,6 +23,7 @@ from configs.schema import Config
 from decode.worker import DecodeWorker
 from engine.batch import Chunk
 from engine.blocks import BlockPool
+from engine.cores import Cores, Ledger, Lending, ledger_path, pin_thread, sweep
 from engine.follower import Follower
 from engine.group import Group
 from engine.host_tier import HostTier
@@ -49,6 +51,8 @@ from protocol.messages import WorkerInfo
 from protocol.network import Clock, Network
 from protocol.rank import RankMessage
 from protocol.request import Request, SamplingParams
+
+log = logging.getLogger(__name__)
 
 WHOLE = Shard()
 GROUP_TIMEOUT_S = 60.0  # the longest that a rank waits for another one, in a step or for one
@@ -107,10 +111,46 @@ def build_engine(
     return Engine(loaded, layout, kv, pool, runner, max_model_len(config, loaded.config), tier)
 
 
+def _num_cores() -> int:
+    """That this process may use; its first thread is never pinned."""
+    return len(os.sched_getaffinity(os.getpid()))
+
+
 def num_threads(config: Config, role: str) -> int:
-    """CPU threads of one rank: asked for, or its share of this host's cores."""
+    """CPU threads of one rank: asked for, or its share of this host's cores, or all of them where they are shared."""
     asked = config.decode.num_threads if role == "decode" else config.prefill.num_threads
-    return asked or max(1, len(os.sched_getaffinity(0)) // config.num_ranks)
+    cores = _num_cores()
+    return asked or (cores if config.model.cpu_sharing == "shared" else max(1, cores // config.num_ranks))
+
+
+def open_ledger(config: Config, secret: bytes) -> Ledger | None:
+    """This host's, of this cluster; None where cores are not shared by it, or no file for it can be made."""
+    if config.model.cpu_sharing == "shared":
+        return None
+    path = ledger_path(secret)
+    sweep(path.parent, start_ticks)
+    try:
+        return Ledger(path, start_ticks)
+    except OSError as error:
+        log.warning("cores are not lent: the ledger %s cannot be used: %s", path, error)
+        return None
+
+
+def pin(config: Config, role: str, ledger: Ledger) -> None:
+    """Keep the calling thread, the engine's, and what it starts on its worker's own cores."""
+    if config.parallel(role).num_ranks > 1 or not pin_thread(ledger.number, num_threads(config, role)):
+        log.warning("%s is not pinned: only workers of one rank are, and only while there are cores for each", role)
+
+
+def cores_of(config: Config, role: str, ledger: Ledger | None, device: str) -> Cores | None:
+    """What a worker asks before each step. Somebody who says how many threads a role may use wants no others to be used."""
+    asked = config.decode.num_threads if role == "decode" else config.prefill.num_threads
+    if ledger is None or config.model.cpu_sharing != "lend" or device != "cpu":
+        return None
+    num_ranks = config.parallel(role).num_ranks
+    own = num_threads(config, role)
+    cores = _num_cores()
+    return Lending(ledger, own, cores, can_borrow=not asked and num_ranks == 1, num_used=own * num_ranks if num_ranks > 1 else 0)
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model.enable_prefix_caching", "--enable-prefix-caching"),
     Flag("model.seed", "--seed", "N"),
     Flag("model.quantization", "--quantization"),
+    Flag("model.cpu_sharing", "--cpu-sharing"),
     Flag("model.chat_template", "--chat-template", "FILE"),
     Flag("model.step_log", "--step-log", "FILE"),
     # pools

@@ -65,6 +65,13 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     step_log: Annotated[
         str | None, says("a line of JSON for each step goes to FILE.WORKER, as steps.decode-0.jsonl for steps.jsonl")
     ] = None
+    cpu_sharing: Annotated[
+        Literal["lend", "shared", "pinned"],
+        says(
+            "how workers on one host share its cores: each has its share and borrows idle ones; each uses all of them; each is "
+            "kept on its share"
+        ),
+    ] = "lend"
     chat_template: Annotated[str | None, says("a Jinja file, instead of the model's own template")] = None
 
 
@@ -349,6 +356,7 @@ def label_of(model: ModelConfig) -> str:
 INHERITED = frozenset(
     {
         *(f"model.{name}" for name in ("device", "block_size", "kv_cache_bytes", "host_cache_bytes", "gpu_memory_utilization")),
+        "model.cpu_sharing",
         *(f"model.{name}" for name in ("enable_prefix_caching", "seed")),
         *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("max_num_batched_tokens", "max_num_seqs")),
         *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("num_threads", "price_per_hour", "is_spot")),
