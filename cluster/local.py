@@ -140,7 +140,11 @@ class LocalCluster:
     async def _start_scheduler(self) -> None:
         network = self._hub.network("scheduler")
         metrics = ClusterMetrics(self.config.served_name, promises_of(self.config.scheduler))
-        scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
+        scheduler = Scheduler(
+            self.config.scheduler,
+            enable_prefix_caching=self.config.model.enable_prefix_caching,
+            admission=self.config.scheduler.admission,
+        )
         path = self.config.scheduler.tenants_file
         file = TenantsFile(path, reserved_keys(self.config)) if path is not None else None
         self.service = SchedulerService(scheduler, network, asyncio.get_running_loop().time, metrics, file)

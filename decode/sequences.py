@@ -22,15 +22,18 @@ Opening = tuple[int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]
 
 
 class Sequences:
-    """running: in order of arrival, blocks held. preempted: in the order they return, no blocks held."""
+    """running: in order of arrival, blocks held. preempted: in the order they return, no blocks held. whole_len: without paging,
+    for how many tokens a sequence holds blocks from its beginning on; 0: as many as it has."""
 
-    def __init__(self, pool: BlockPool, layout: KVLayout, swap: Swap | None = None) -> None:
+    def __init__(self, pool: BlockPool, layout: KVLayout, swap: Swap | None = None, whole_len: int = 0) -> None:
+        self.whole_len = whole_len
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self._pool = pool
         self._layout = layout
         self._swap = swap
         self._jobs: dict[int, Job] = {}  # by id(sequence)
+        self._batch: list[Sequence] = []  # of static batching
         self._copies: dict[int, tuple[int, int]] = {}  # id(sequence) -> (shared block, own block) to copy before its next step
         self._openings: dict[int, Opening] = {}  # id(sequence)
 
@@ -49,7 +52,8 @@ class Sequences:
         return self._jobs.get(id(sequence))
 
     def take_opening(self, sequence: Sequence) -> Opening:
-        return self._openings.pop(id(sequence), (sequence.output_len, (), None))
+        opening = self._openings.pop(id(sequence), None) if self._openings else None
+        return opening if opening is not None else (sequence.output_len, (), None)
 
     # ---- coming ----------------------------------------------------------------------------------------------------
 
@@ -88,10 +92,18 @@ class Sequences:
             self._adopt(job, sequence)
         if not job.sequences:
             self._pool.release(blocks)
+        self.hold(list(job.sequences.values()), job.spare_blocks)
         self._pool.release(job.spare_blocks)
         job.spare_blocks = []
         for sequence in job.sequences.values():
             seal_full_blocks(self._pool, sequence, self._layout)
+
+    def hold(self, sequences: list[Sequence], spare: list[int]) -> None:
+        """Without paging: blocks out of `spare` for all the tokens that each may ever have."""
+        for sequence in sequences:
+            missing = max(0, self._layout.num_blocks_for(self.whole_len) - len(sequence.blocks))
+            sequence.blocks += spare[:missing]
+            del spare[:missing]
 
     def part_ways(self, job: Job, chunk: Chunk) -> None:
         """The siblings of a prompt that was prefilled here once for all n choices."""
@@ -173,8 +185,26 @@ class Sequences:
         self.running.append(sequence)
         return True
 
+    def chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
+        """So many of its next tokens, and who is sampled after them."""
+        if num_tokens < sequence.num_uncomputed:
+            return Chunk(sequence, num_tokens, ())
+        job = self._jobs[id(sequence)]
+        missing = []
+        if _is_shared_prompt(job, sequence):
+            missing = [c for c in range(job.request.sampling.n) if c not in job.sequences and c not in job.ended]
+        return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(choice) for choice in missing)))
+
+    def static_batch(self, most: int) -> list[Sequence]:
+        """Who takes part in a step without continuous batching: those who began together, until the last of them is over."""
+        running = {id(sequence) for sequence in self.running}
+        self._batch = [sequence for sequence in self._batch if id(sequence) in running] or self.running[:most]
+        return self._batch
+
     def take_copies(self, chunks: Iterable[Chunk]) -> list[tuple[int, int]]:
         """(shared, own) block pairs to copy before this step; give them to `copied` after it."""
+        if not self._copies:
+            return []
         due = [self._copies.pop(id(chunk.sequence), None) for chunk in chunks]
         return [copy for copy in due if copy is not None]
 
@@ -220,3 +250,13 @@ class Sequences:
         assert not self._jobs
         assert not self._copies
         assert not self._openings
+
+
+def _is_shared_prompt(job: Job, sequence: Sequence) -> bool:
+    """A prompt that this worker prefills once for all n choices, which part ways at its last token."""
+    return (
+        job.request.sampling.n > 1
+        and len(job.sequences) == 1
+        and sequence.choice == 0
+        and sequence.output_len == len(job.delivered[0])
+    )

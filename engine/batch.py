@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.device_inputs import device_inputs
 from engine.sequence import Ahead, Sequence
 from engine.step import NOTHING, Extras, Step
-from kernels.ops import AttentionPlan, Span
+from kernels.ops import AttentionPlan, Span, on_gpu
 from protocol.kv import KVLayout
 
 MAX_SCORED_ROWS = 64  # logits of so many prompt rows are in memory at a time
@@ -75,6 +77,8 @@ def is_scored(sequence: Sequence) -> bool:
 
 def plan_step(chunks: SequenceOf[Chunk], block_size: int, extras: Extras = NOTHING) -> tuple[Step, Wanted]:
     """The chunks as plain integers, and whom their logits are for."""
+    if all([chunk.sequence.chunk is chunk for chunk in chunks]):  # noqa: C419 - a list is quicker than a generator
+        return _plan_decode(chunks, block_size, extras)
     token_ids: list[int] = []
     lengths: list[int] = []
     contexts: list[int] = []
@@ -120,48 +124,71 @@ def plan_step(chunks: SequenceOf[Chunk], block_size: int, extras: Extras = NOTHI
     return step, Wanted(tuple(sampled), tuple(scored), tuple(sequence for sequence, _, _ in scoring))
 
 
+def _plan_decode(chunks: SequenceOf[Chunk], block_size: int, extras: Extras) -> tuple[Step, Wanted]:
+    """plan_step() where every chunk is its sequence's own `Sequence.chunk`: one token, and one to be sampled."""
+    token_ids: list[int] = []
+    contexts: list[int] = []
+    blocks: list[list[int]] = []
+    sampled: list[tuple[Sequence, int]] = []
+    for row, chunk in enumerate(chunks):
+        sequence = chunk.sequence
+        begin, held = sequence.num_computed, sequence.blocks
+        num_blocks = begin // block_size + 1
+        assert len(sequence.token_ids) == begin + 1, sequence
+        assert len(held) >= num_blocks, f"{sequence} has no block for token {begin}"
+        token_ids.append(sequence.token_ids[begin])
+        contexts.append(begin)
+        blocks.append(held if len(held) == num_blocks else held[:num_blocks])  # nobody changes it before the step is over
+        sampled.append((sequence, row))
+    rows = list(range(len(token_ids)))
+    return Step(token_ids, [1] * len(rows), contexts, blocks, rows, [rows], extras), Wanted(tuple(sampled), (), ())
+
+
 def build_batch(step: Step, layout: KVLayout, device: torch.device) -> Batch:
     """Tensors for one forward pass over a pool of this layout, which is the rank's own. The step has tokens."""
+    if on_gpu(device):
+        return Batch(*device_inputs(step, layout.block_size, device))
     spans: list[Span] = []
     starts: list[int] = []
     start = 0
-    for length, context_len, blocks in zip(step.lengths, step.contexts, step.blocks, strict=True):
-        spans.append(Span(start, length, context_len, blocks, torch.tensor(blocks, device=device)))
+    indexes = _block_tables(step.blocks)
+    if device.type != "cpu":
+        indexes = [index.to(device) for index in indexes]
+    for length, context_len, blocks, index in zip(step.lengths, step.contexts, step.blocks, indexes, strict=True):
+        spans.append(Span(start, length, context_len, blocks, index))
         starts.append(context_len - start)
         start += length
     positions = np.arange(start) + np.repeat(starts, step.lengths)
-    num_single = sum(length == 1 for length in step.lengths)
-    tables, seq_lens = (None, None) if device.type == "cpu" else _device_tables(spans[:num_single], device)
+    num_single = step.lengths.count(1)
     slots = torch.from_numpy(_slots(spans, positions, layout)).to(device)
     return Batch(
         token_ids=torch.tensor(step.token_ids, dtype=torch.int64, device=device),
         positions=torch.from_numpy(positions).to(device),
-        attention=AttentionPlan(tuple(spans), num_single, slots, tables, seq_lens),
+        attention=AttentionPlan(tuple(spans), num_single, slots),
         logit_rows=torch.tensor(step.logit_rows, dtype=torch.int64, device=device),
     )
+
+
+def _block_tables(blocks: SequenceOf[SequenceOf[int]]) -> list[Tensor]:
+    """int64, one for each sequence; views of one array, which is quicker to make than many."""
+    lengths = [len(some) for some in blocks]
+    together = np.fromiter(itertools.chain.from_iterable(blocks), dtype=np.int64, count=sum(lengths))
+    return list(torch.from_numpy(together).split(lengths))
 
 
 def _slots(spans: list[Span], positions: np.ndarray, layout: KVLayout) -> np.ndarray:
     """Where each token's K and V rows go in a layer seen as rows of head_dim: int64 [num_tokens, 2, num_kv_heads]."""
     block_size = layout.block_size
-    blocks = np.concatenate(
-        [
-            np.asarray(span.blocks, dtype=np.int64)[np.arange(span.context_len, span.context_len + span.length) // block_size]
-            for span in spans
-        ]
-    )
+    own: list[int] = []  # each token's block
+    for span in spans:
+        if span.length == 1:
+            own.append(span.blocks[span.context_len // block_size])
+        else:
+            end = span.context_len + span.length
+            places = np.arange(span.context_len, end) // block_size
+            own += np.asarray(span.blocks, dtype=np.int64)[places].tolist()
+    blocks = np.array(own, dtype=np.int64)
     lanes = np.arange(2 * layout.num_kv_heads).reshape(2, layout.num_kv_heads) * block_size
     first: np.ndarray = blocks * (2 * layout.num_kv_heads * block_size) + positions % block_size
     slots: np.ndarray = first[:, None, None] + lanes
     return slots
-
-
-def _device_tables(singles: list[Span], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """(int32 [num_single, max_blocks], int32 [num_single]) for the paged kernel."""
-    if not singles:
-        return None, None
-    tables = np.zeros((len(singles), max(len(span.blocks) for span in singles)), dtype=np.int32)
-    for row, span in enumerate(singles):
-        tables[row, : len(span.blocks)] = span.blocks
-    lens = np.array([span.context_len + 1 for span in singles], dtype=np.int32)
-    return torch.from_numpy(tables).to(device), torch.from_numpy(lens).to(device)

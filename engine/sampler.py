@@ -36,6 +36,9 @@ class Sample(msgspec.Struct, frozen=True):
 def sample(logits: Tensor, sequences: SequenceOf[Sampled]) -> list[Sample]:
     """One token for each sequence from its row of logits, float32 [rows, vocab_size]; logits are left as they are."""
     best, tokens = logits.max(dim=-1)
+    are_simple = [sequence.is_simple for sequence in sequences]
+    if all(are_simple) and bool(torch.isfinite(best).all()):
+        return list(map(Sample, sequences, tokens.tolist()))
     if not all(_is_plain(sequence) for sequence in sequences):
         tokens = _choose(logits, tokens, sequences)
     finite = torch.isfinite(best).tolist()  # a NaN anywhere in the row is its maximum

@@ -6,10 +6,26 @@ workers; the runner never changes it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from engine.hashing import extend_hashes
-from protocol.request import Request
+from protocol.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from engine.batch import Chunk
+
+
+def is_simple(sampling: SamplingParams) -> bool:
+    """Greedy, nothing changes the logits, and nobody wants to see them."""
+    return (
+        sampling.temperature == 0.0
+        and not sampling.logit_bias
+        and not sampling.has_penalties
+        and not sampling.min_tokens
+        and sampling.logprobs is None
+    )
 
 
 class TokenCounts:
@@ -41,7 +57,10 @@ class Sequence:
     output_token_ids: what was delivered before a resumption.
     """
 
-    __slots__ = ("request", "choice", "token_ids", "blocks", "num_computed", "block_hashes", "token_counts")
+    __slots__ = (
+        "request", "choice", "token_ids", "blocks", "num_computed", "block_hashes", "token_counts",
+        "is_simple", "enders", "max_len", "chunk",
+    )  # fmt: skip
 
     def __init__(self, request: Request, choice: int = 0, output_token_ids: Iterable[int] = ()) -> None:
         self.request = request
@@ -51,6 +70,12 @@ class Sequence:
         self.num_computed = 0
         self.block_hashes: list[bytes] = []
         self.token_counts: TokenCounts | None = None  # the sampler's, where penalties ask for it
+        sampling = request.sampling
+        self.is_simple = is_simple(sampling)
+        # No other token, and no lesser length, can end it (engine/stopping.py says whether one does).
+        self.enders = frozenset(() if sampling.ignore_eos else request.eos_token_ids).union(sampling.stop_token_ids or ())
+        self.max_len = self.prompt_len + sampling.max_tokens if sampling.max_tokens is not None else sys.maxsize
+        self.chunk: Chunk | None = None  # the decode worker's: the one that computes its newest token, the same at every step
 
     def __repr__(self) -> str:
         return (
@@ -150,6 +175,10 @@ class Ahead:
     @property
     def choice(self) -> int:
         return self.sequence.choice
+
+    @property
+    def is_simple(self) -> bool:
+        return self.sequence.is_simple
 
     @property
     def output_len(self) -> int:
