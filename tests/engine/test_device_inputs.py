@@ -96,12 +96,7 @@ def test_short_chunks_of_one_length_are_told(lengths: list[int], short_len: int)
 
 
 def test_an_upload_keeps_every_array() -> None:
-    arrays = [
-        np.arange(3, dtype=np.int32),
-        np.arange(6).reshape(2, 3),
-        np.array([], dtype=np.int32),
-        np.array([1.5], dtype=np.float32),
-    ]
+    arrays = [np.arange(3, dtype=np.int32), np.arange(6).reshape(2, 3), np.array([], dtype=np.int32), np.array([1.5], dtype=np.float32)]
     for array, tensor in zip(arrays, upload(arrays, CPU), strict=True):
         assert torch.equal(tensor, torch.from_numpy(array))
         assert tensor.data_ptr() % 16 == 0
