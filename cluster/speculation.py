@@ -48,6 +48,7 @@ def _draft_model(config: Config, engine: Engine) -> DraftModel:
     shape = (layout.num_layers, num_blocks, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
     kv = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=loaded.device)
     runner = ModelRunner(loaded, kv, layout, engine.runner.num_threads)
+    runner.warm_up()
     pool = BlockPool(num_blocks, layout.block_size, config.model.enable_prefix_caching)
     max_len = loaded.config.max_position_embeddings
     return DraftModel(runner, pool, layout, CATCH_UP_TOKENS, max_len, engine.loaded.config.vocab_size)
