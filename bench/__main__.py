@@ -18,6 +18,7 @@ from bench import (
     http,
     kv,
     observing,
+    perplexity,
     promises,
     scheduler,
     serve,
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("fidelity", fidelity),
         ("simulator", simulator),
         ("promises", promises),
+        ("perplexity", perplexity),
         ("scheduler", scheduler),
     ):
         assert module.__doc__ is not None

@@ -18,6 +18,7 @@ from kvtransfer.layout import rank_layout
 from models.checkpoint import read_header, weight_files
 from models.config import ModelConfig, read_config
 from models.locate import BUILT_IN, locate
+from models.quantization import check_parts, choose
 from models.split import check as check_split
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
@@ -114,6 +115,7 @@ def _check_groups(config: Config, model: ModelConfig) -> None:
     for role in config.roles:
         try:
             check_split(model, config.parallel(role))
+            check_parts(model, choose(config.model.quantization, model), config.parallel(role))
         except ConfigError as error:
             raise ConfigError(f"{role} workers of {config.parallel(role)}: {error.message}", param=f"{role}.tp") from None
 

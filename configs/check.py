@@ -30,6 +30,7 @@ def check(config: Config) -> None:
             )
         labels[one.label] = i
     _check_switch(config)
+    _check_ports(config.transfer.port_range)
     names = [one.served_name for one in config.each()]
     for i, server in enumerate(config.overflow):
         if not re.match(r"https?://[^/]+", server.url):
@@ -56,6 +57,17 @@ def _check_switch(config: Config) -> None:
                 "decode.max_replicas) would pull at the same workers; use one of them",
                 param="scheduler.switch_roles",
             )
+
+
+def _check_ports(text: str | None) -> None:
+    if text is None:
+        return
+    found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", text)
+    if found is None or not 1024 <= int(found[1]) <= int(found[2]) <= 65535:
+        raise ConfigError(
+            f"transfer.port_range {text!r} is not a range of ports from 1024 to 65535, such as 20000-20999",
+            param="transfer.port_range",
+        )
 
 
 def _check_pools(config: Config, where: str) -> None:

@@ -59,6 +59,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model.enable_prefix_caching", "--enable-prefix-caching"),
     Flag("model.seed", "--seed", "N"),
     Flag("model.quantization", "--quantization"),
+    Flag("model.cpu_sharing", "--cpu-sharing"),
     Flag("model.chat_template", "--chat-template", "FILE"),
     Flag("model.step_log", "--step-log", "FILE"),
     # pools
@@ -91,6 +92,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("scheduler.tenants_file", "--tenants", "FILE"),
     # transfer
     Flag("transfer.transport", "--kv-transport"),
+    Flag("transfer.bind_host", "--bind-host", "ADDRESS"),
+    Flag("transfer.port_range", "--port-range", "LOW-HIGH"),
 )
 BY_KEY: dict[str, Flag] = {flag.key: flag for flag in FLAGS}
 

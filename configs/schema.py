@@ -58,10 +58,20 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
         says("seeds of requests without one are drawn from it, in their order at each gateway; none: at random"),
     ] = None
-    quantization: Annotated[Literal["none"], says("of the weights")] = "none"
+    quantization: Annotated[
+        Literal["auto", "none", "int8", "int4"],
+        says("weights as they are loaded: int8 or int4 with sums in float32, none: floats, auto: as the checkpoint is"),
+    ] = "auto"
     step_log: Annotated[
         str | None, says("a line of JSON for each step goes to FILE.WORKER, as steps.decode-0.jsonl for steps.jsonl")
     ] = None
+    cpu_sharing: Annotated[
+        Literal["lend", "shared", "pinned"],
+        says(
+            "how workers on one host share its cores: each has its share and borrows idle ones; each uses all of them; each is "
+            "kept on its share"
+        ),
+    ] = "lend"
     chat_template: Annotated[str | None, says("a Jinja file, instead of the model's own template")] = None
 
 
@@ -225,7 +235,12 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = "auto"
     lease_s: Annotated[Seconds, says("decode holds reserved blocks so long for a prefill")] = 30.0
     timeout_s: Annotated[Seconds, says("one transfer, from its last block computed to verified")] = 30.0
-    bind_host: Annotated[Text, says("address of KV and control sockets; several hosts need one they can reach")] = "127.0.0.1"
+    bind_host: Annotated[
+        Text, says("address of KV and control sockets, or a network (10.0.0.0/16) or interface in which each host has one")
+    ] = "127.0.0.1"
+    port_range: Annotated[
+        str | None, says("ports of KV and control sockets, as 20000-20999, for firewalls; none: any free ones")
+    ] = None
     verify: Annotated[Literal[True], says("check every block's digest before decode reads it")] = True
 
 
@@ -341,6 +356,7 @@ def label_of(model: ModelConfig) -> str:
 INHERITED = frozenset(
     {
         *(f"model.{name}" for name in ("device", "block_size", "kv_cache_bytes", "host_cache_bytes", "gpu_memory_utilization")),
+        "model.cpu_sharing",
         *(f"model.{name}" for name in ("enable_prefix_caching", "seed")),
         *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("max_num_batched_tokens", "max_num_seqs")),
         *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("num_threads", "price_per_hour", "is_spot")),
@@ -366,7 +382,8 @@ def with_inherited(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 # Known values of other systems that are refused with a reason rather than a list of choices.
 REFUSALS = {
-    "model.quantization": "weights run as they are stored; quantized weights are not built yet",
+    "model.quantization": "int8 and int4 are made at load, GPTQ and AWQ checkpoints are recognised by themselves; others are not "
+    "built yet",
     "transfer.verify": "KV that nobody verified is never read, so this cannot be switched off",
 }
 

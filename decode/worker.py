@@ -27,6 +27,8 @@ from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
+from engine.cores import BORROWED_S, Cores
+from engine.pace import Load, Pace
 from engine.prefix import forget_prefix
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
@@ -120,7 +122,10 @@ class DecodeWorker:
         self.last_token_at: float | None = None
         self._step_began_at = 0.0
         self._counts: dict[str, float] = defaultdict(float)
+        self._step_s = 0.0  # of the newest step
         self.step_log: StepLog | None = None
+        self.cores: Cores | None = None  # who says how many threads a step may use; none: always the runner's number
+        self.pace = Pace()
         self.handover = Handover(
             settings.incarnation, settings.layout, pool, receivers, network, clock, secret, self._fail_transfer, self.wake
         )
@@ -294,6 +299,7 @@ class DecodeWorker:
     async def run(self) -> None:
         while True:
             if not self._sequences:
+                self._rest()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -305,6 +311,7 @@ class DecodeWorker:
         try:
             chunks = self._plan()
             if not chunks:
+                self._rest()
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), STALL_S)
@@ -328,12 +335,13 @@ class DecodeWorker:
         result: StepResult | None = None
         try:
             chunks, result = await self._compute(lambda: self._run(chunks, Extras(copies=tuple(copies))))
+            self.pace.learn(result.stats, self.runner.num_threads or 0)
             return chunks, result
         finally:
             self._in_step = False
             self._sequences.copied(copies)
             self._counts["num_steps"] += 1
-            seconds = self._clock() - self._step_began_at
+            seconds = self._step_s = self._clock() - self._step_began_at
             self._counts["step_s"] += seconds
             if self.step_log is not None:
                 self._report.log_step(self.step_log, self._step_began_at, seconds, chunks, result)
@@ -352,7 +360,7 @@ class DecodeWorker:
             self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
 
     def _plan(self) -> list[Chunk]:
-        budget = Budget(self.settings.max_num_seqs, self.settings.max_num_batched_tokens, self.settings.enable_chunked_prefill)
+        budget = Budget(self.settings.max_num_seqs, self._max_tokens(), self.settings.enable_chunked_prefill)
         block_size = self.settings.layout.block_size
         mine = self._sequences
         running = mine.running if self.settings.without != "continuous-batching" else mine.static_batch(budget.max_num_seqs)
@@ -372,6 +380,24 @@ class DecodeWorker:
         if self.drafting is not None:
             self.drafting.plan(chunks)
         return chunks
+
+    def _max_tokens(self) -> int:
+        """Of the next step; and its threads are taken. Work on borrowed cores is cut: their owner may wake at any time."""
+        most = self.settings.max_num_batched_tokens
+        if self.cores is None:
+            return most
+        running = self._sequences.running
+        prompt = next((s for s in running if s.num_uncomputed > 1), None)
+        decoding = [s.num_computed for s in running if s.num_uncomputed == 1]
+        room = 0 if prompt is None else min(most - len(decoding), prompt.num_uncomputed)
+        load = Load(prompt.num_computed if prompt is not None else 0, max(0, room), len(decoding), sum(decoding))
+        choice = self.pace.choose(BORROWED_S, self.cores.num_own, self.cores.take(self._step_s), load)
+        self.runner.num_threads = choice.num_threads
+        return most if choice.max_tokens >= room else len(decoding) + choice.max_tokens
+
+    def _rest(self) -> None:
+        if self.cores is not None:
+            self.cores.rest()
 
     def _emit(self, chunks: list[Chunk], result: StepResult) -> None:
         """Apply the step to its sequences and tell each gateway in one frame."""

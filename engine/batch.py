@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.device_inputs import device_inputs
 from engine.sequence import Ahead, Sequence
 from engine.step import NOTHING, Extras, Step
-from kernels.ops import AttentionPlan, Span
+from kernels.ops import AttentionPlan, Span, on_gpu
 from protocol.kv import KVLayout
 
 MAX_SCORED_ROWS = 64  # logits of so many prompt rows are in memory at a time
@@ -145,6 +146,8 @@ def _plan_decode(chunks: SequenceOf[Chunk], block_size: int, extras: Extras) -> 
 
 def build_batch(step: Step, layout: KVLayout, device: torch.device) -> Batch:
     """Tensors for one forward pass over a pool of this layout, which is the rank's own. The step has tokens."""
+    if on_gpu(device):
+        return Batch(*device_inputs(step, layout.block_size, device))
     spans: list[Span] = []
     starts: list[int] = []
     start = 0
@@ -157,12 +160,11 @@ def build_batch(step: Step, layout: KVLayout, device: torch.device) -> Batch:
         start += length
     positions = np.arange(start) + np.repeat(starts, step.lengths)
     num_single = step.lengths.count(1)
-    tables, seq_lens = (None, None) if device.type == "cpu" else _device_tables(spans[:num_single], device)
     slots = torch.from_numpy(_slots(spans, positions, layout)).to(device)
     return Batch(
         token_ids=torch.tensor(step.token_ids, dtype=torch.int64, device=device),
         positions=torch.from_numpy(positions).to(device),
-        attention=AttentionPlan(tuple(spans), num_single, slots, tables, seq_lens),
+        attention=AttentionPlan(tuple(spans), num_single, slots),
         logit_rows=torch.tensor(step.logit_rows, dtype=torch.int64, device=device),
     )
 
@@ -190,14 +192,3 @@ def _slots(spans: list[Span], positions: np.ndarray, layout: KVLayout) -> np.nda
     first: np.ndarray = blocks * (2 * layout.num_kv_heads * block_size) + positions % block_size
     slots: np.ndarray = first[:, None, None] + lanes
     return slots
-
-
-def _device_tables(singles: list[Span], device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """(int32 [num_single, max_blocks], int32 [num_single]) for the paged kernel."""
-    if not singles:
-        return None, None
-    tables = np.zeros((len(singles), max(len(span.blocks) for span in singles)), dtype=np.int32)
-    for row, span in enumerate(singles):
-        tables[row, : len(span.blocks)] = span.blocks
-    lens = np.array([span.context_len + 1 for span in singles], dtype=np.int32)
-    return torch.from_numpy(tables).to(device), torch.from_numpy(lens).to(device)

@@ -23,6 +23,7 @@ from engine.sequence import Sequence
 from engine.stats import StepStats
 from engine.step import NOTHING, Extras, Idle, Step, Stop
 from engine.verify import verified
+from kernels import cpu
 from kvtransfer.layout import rank_layout
 from models.load import LoadedModel
 from protocol.errors import GroupBroken
@@ -58,7 +59,8 @@ class ModelRunner:
     """loaded on kv, this rank's pool [own layers, num_blocks, 2, own KV heads, block_size, head_dim].
 
     layout: of the whole model, whatever the rank. group: None for a worker of one rank.
-    num_threads: how many threads torch may use in the thread that calls run(); None leaves torch's own choice.
+    num_threads: how many threads a step may use, in the thread that calls run(); None leaves torch's own choice. It may be
+    changed between steps.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class ModelRunner:
         self.group = group
         self.num_threads = num_threads
         self._clock = clock
-        self._thread: int | None = None
+        self._threads_of: dict[int, int] = {}  # by calling thread: what was set there
+        if loaded.device.type == "cpu" and loaded.dtype is torch.float32:
+            cpu.load()  # seconds, on a machine's first time: not at the first request's expense
         self._in_step = threading.Lock()  # idle() may come from another thread than run()
 
     # ---- leader ----------------------------------------------------------------------------------------------------
@@ -233,9 +237,9 @@ class ModelRunner:
     def _own_threads(self) -> None:
         # OpenMP's thread count belongs to the calling thread, so it is set where run() is called, not where we were built.
         current = threading.get_ident()
-        if self._thread != current and self.num_threads is not None:
+        if self.num_threads is not None and self._threads_of.get(current) != self.num_threads:
             torch.set_num_threads(self.num_threads)
-        self._thread = current
+            self._threads_of = {current: self.num_threads}
 
     # ---- logits to tokens, on the leader -----------------------------------------------------------------------------
 

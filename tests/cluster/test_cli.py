@@ -35,7 +35,7 @@ OTHER = {
     "--host-cache-bytes": "5000",
     "--gpu-memory-utilization": "0.5",
     "--seed": "7",
-    "--quantization": None,  # has no other value yet
+    "--quantization": "int4",
     "--chat-template": "t.jinja",
     "--step-log": "steps.jsonl",
     "--prefill": "3",
@@ -58,6 +58,8 @@ OTHER = {
     "--scheduling-policy": "fair",
     "--tenants": "t.yaml",
     "--kv-transport": "tcp",
+    "--bind-host": "10.1.0.0/16",
+    "--port-range": "20000-20999",
 }
 
 
@@ -161,7 +163,7 @@ def test_only_what_is_built_is_listed(capsys: pytest.CaptureFixture[str]) -> Non
     listed = capsys.readouterr().out
     assert all(word in listed for word in ("serve", "config", "status", "doctor", "version"))
     assert cli.main(["fly"]) == 2
-    assert "unknown command fly; there are serve, deploy, config" in capsys.readouterr().err
+    assert "unknown command fly; there are serve, deploy, up, down, config" in capsys.readouterr().err
     assert cli.main(["config"]) == 2
 
 

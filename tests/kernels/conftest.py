@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kernels import cpu
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
@@ -14,3 +16,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["torch", "compiled"], scope="module", autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test of an operation runs with torch alone and with the compiled kernels."""
+    if request.param == "compiled":
+        assert cpu.load()
+    cpu.switch(request.param == "compiled")
+    yield request.param
+    cpu.switch(True)
