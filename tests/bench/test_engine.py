@@ -110,3 +110,11 @@ def test_gateway(tmp_path: Path) -> None:
     assert rows["tokens"][0]["tokens_per_chunk"] == pytest.approx(1.0, abs=0.3)
     assert rows["tokens"][0]["tokens_per_cpu_s"] > 1000
     assert rows["requests"][0]["requests_per_cpu_s"] > 10
+
+
+def test_quantised_weights_are_fewer_bytes(tmp_path: Path) -> None:
+    folder = str(shapes.make("tiny", tmp_path))
+    floats, int8 = (engine.weight_nbytes(load_model(folder, device="cpu", quantization=kind)) for kind in ("none", "int8"))
+    config = load_model(folder, device="cpu").config
+    assert floats == 4 * engine.matrix_params(config)
+    assert 0.25 < int8 / floats < 0.32
