@@ -72,8 +72,8 @@ ROWS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rate", type=float, default=2.0, help="requests per second (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=60, help="of each row (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=3.0, help="requests per second (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=75, help="of each row (default: %(default)s)")
     parser.add_argument("--overload", type=float, default=3.0, metavar="X", help="times the rate (default: %(default)s)")
     parser.add_argument(
         "--slo", default="ttft=2,tpot=0.1", help="the promise, and what the scheduler goes by (default: %(default)s)"

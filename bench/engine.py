@@ -14,7 +14,6 @@ weights, without a download; a bfloat16 copy of them lies in --scratch for as lo
 from __future__ import annotations
 
 import argparse
-import inspect
 import random
 import statistics
 import tempfile
@@ -35,6 +34,7 @@ from engine.runner import ModelRunner
 from engine.sequence import Sequence as Running
 from kernels import ops
 from kvtransfer.pool import KVPool
+from models import sizes
 from models.config import ModelConfig
 from models.load import LoadedModel, load_model
 from models.sizes import kv_nbytes_per_token, num_params
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=sorted(shapes.SHAPES), help="random weights of this shape instead")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="as for serve (default: float32 on a CPU)")
-    parser.add_argument("--quantization", default="none", help="as for serve (default: %(default)s)")
+    parser.add_argument("--quantization", default="auto", help="as for serve (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the engine (default: %(default)s)")
     parser.add_argument("--prompts", type=_counts, default=[256, 1024, 4096], metavar="N[,N...]", help="prefill lengths")
     parser.add_argument("--chunk", type=int, default=512, help="prompt tokens in one step (default: %(default)s)")
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with scratch as folder:
         try:
             name = str(shapes.make(args.shape, Path(folder))) if folder else args.model
-            loaded = load_model(name, args.dtype, args.device, **_quantized(args.quantization))
+            loaded = load_model(name, args.dtype, args.device, quantization=args.quantization)
         except TandemError as error:
             raise SystemExit(f"bench engine: {error.message}") from None
         if loaded.config.family == "toy":
@@ -126,21 +126,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         limits = measure_limits(args.device, [1, 2] if args.device == "cpu" else [args.threads])
         torch.set_num_threads(args.threads)
         rows = measure_engine(loaded, args)
-    title = f"{args.shape or args.model}, {loaded.dtype}, {args.device}, {args.threads} thread(s), quantization {args.quantization}"
+    title = f"{args.shape or args.model}, {loaded.dtype}, {args.device}, {args.threads} thread(s), weights {loaded.quantization}"
     found = with_shares(rows, limits[str(args.threads)] if str(args.threads) in limits else limits["2"], loaded, args)
     _show(title, limits, found)
     if args.plot:
         args.plot.write_text(picture(found), encoding="utf-8")
     return {"model": title, "limits": limits, **found}
-
-
-def _quantized(wanted: str) -> dict[str, Any]:
-    """What load_model() wants to hear of it. Raises SystemExit where this build cannot."""
-    if "quantization" in inspect.signature(load_model).parameters:
-        return {"quantization": wanted}
-    if wanted != "none":
-        raise SystemExit(f"bench engine: --quantization {wanted}: this build loads weights as they are, without quantising them")
-    return {}
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -250,11 +241,12 @@ def measure_engine(loaded: LoadedModel, args: argparse.Namespace) -> dict[str, d
 # ---- shares ----------------------------------------------------------------------------------------------------------
 
 
-def weight_nbytes(loaded: LoadedModel, quantization: str) -> float:
-    """Of the weights that one decode step reads: all but the rows of an embedding that is not the head's. Group scales are not
-    counted, so that a share errs on the low side."""
-    bits = {"int8": 8, "int4": 4}.get(quantization, 8 * loaded.dtype.itemsize)
-    return matrix_params(loaded.config) * bits / 8
+def weight_nbytes(loaded: LoadedModel) -> int:
+    """Of the weights that one decode step reads: all but an embedding that is not the head as well."""
+    config, held = loaded.config, loaded.quantization
+    total = sizes.weight_nbytes(config, ALONE, 0, loaded.dtype.itemsize, held)
+    head_is_its_own = not config.tie_word_embeddings or (bool(held.bits("lm_head")) and bool(held.rounded))
+    return total - head_is_its_own * config.vocab_size * config.hidden_size * loaded.dtype.itemsize
 
 
 def matrix_params(config: ModelConfig) -> int:
@@ -292,7 +284,7 @@ def with_shares(
         })  # fmt: skip
     for text, seconds in rows["decode"].items():
         batch = int(text)
-        nbytes = weight_nbytes(loaded, args.quantization) + batch * (args.context + NUM_STEPS / 2) * kv
+        nbytes = weight_nbytes(loaded) + batch * (args.context + NUM_STEPS / 2) * kv
         reading = nbytes / limits["read_gb_s"] / 1e9
         computing = 2.0 * params * batch / limits[f"sgemm_{FEW if batch <= FEW else MANY}_gflop_s"] / 1e9
         decode.append({

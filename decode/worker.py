@@ -405,9 +405,7 @@ class DecodeWorker:
         updates: list[TokenUpdate] = []
         frames: dict[int, tuple[Peer, list[TokenUpdate]]] = {}
         block_size = self.settings.layout.block_size
-        samples: dict[int, list[Sample]] = {}
-        for sample in result.samples:
-            samples.setdefault(id(sample.sequence), []).append(sample)
+        samples = result.by_sequence()
         if self.drafting is not None:
             self.drafting.learn_step(chunks, result)
         for chunk in chunks:
@@ -451,15 +449,15 @@ class DecodeWorker:
         index, tokens, logprobs = self._sequences.take_opening(sequence)
         if sequence.chunk is None:
             sequence.chunk = Chunk(sequence, 1, (sequence,))
-        max_len = min(sequence.max_len, self.settings.max_model_len)
         finished = None
         for sample in came:
-            sequence.append(sample.token)
-            tokens = (*tokens, sample.token)
+            sequence.token_ids.append(sample.token)
+            tokens = (*tokens, sample.token) if tokens else (sample.token,)
             if sample.logprobs is not None:
                 logprobs = (*(logprobs or ()), sample.logprobs)
             self._counts["generation_tokens"] += 1
-            if sample.token in sequence.enders or len(sequence.token_ids) >= max_len:
+            length = len(sequence.token_ids)
+            if sample.token in sequence.enders or length >= sequence.max_len or length >= self.settings.max_model_len:
                 finished = finish_reason(sequence, self.settings.max_model_len)
                 if finished:
                     break

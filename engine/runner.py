@@ -44,6 +44,16 @@ class StepResult(msgspec.Struct, frozen=True):
     prompt_logprobs: dict[str, list[TokenLogprobs | None]]
     stats: StepStats
 
+    def by_sequence(self) -> dict[int, list[Sample]]:
+        """The samples of each sequence, in order, under its id()."""
+        found = {id(one.sequence): [one] for one in self.samples}
+        if len(found) == len(self.samples):
+            return found
+        several: dict[int, list[Sample]] = {}
+        for one in self.samples:
+            several.setdefault(id(one.sequence), []).append(one)
+        return several
+
 
 class ModelRunner:
     """loaded on kv, this rank's pool [own layers, num_blocks, 2, own KV heads, block_size, head_dim].

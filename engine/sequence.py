@@ -59,7 +59,7 @@ class Sequence:
 
     __slots__ = (
         "request", "choice", "token_ids", "blocks", "num_computed", "block_hashes", "token_counts",
-        "is_simple", "enders", "max_len", "chunk",
+        "prompt_len", "is_simple", "enders", "max_len", "chunk",
     )  # fmt: skip
 
     def __init__(self, request: Request, choice: int = 0, output_token_ids: Iterable[int] = ()) -> None:
@@ -71,6 +71,7 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.token_counts: TokenCounts | None = None  # the sampler's, where penalties ask for it
         sampling = request.sampling
+        self.prompt_len = len(request.prompt_token_ids)
         self.is_simple = is_simple(sampling)
         # No other token, and no lesser length, can end it (engine/stopping.py says whether one does).
         self.enders = frozenset(() if sampling.ignore_eos else request.eos_token_ids).union(sampling.stop_token_ids or ())
@@ -90,10 +91,6 @@ class Sequence:
     def key(self) -> tuple[str, int]:
         """(request_id, choice): unique among the sequences of a worker."""
         return self.request.request_id, self.choice
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def output_len(self) -> int:

@@ -22,6 +22,8 @@ def verified(samples: SequenceOf[Sample]) -> list[Sample]:
     """samples: of a step, each sequence followed by itself ahead. The same without those whose guesses were wrong, and with the
     sequence itself in place of itself ahead. A row that could not be sampled ends the draft, as a wrong guess does: without it
     the next step meets the same logits and its error."""
+    if Ahead not in {type(sample.sequence) for sample in samples}:
+        return list(samples)
     kept: list[Sample] = []
     holds = True
     for sample in samples:
