@@ -25,8 +25,7 @@ from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
-from engine.cores import BORROWED_S, Cores
-from engine.pace import Load, Pace
+from engine.pace import Load, Pacer
 from engine.prefix import forget_prefix
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
@@ -79,6 +78,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 256
+    max_step_s: float | None = None  # steps are cut to take no longer; none: only to max_num_batched_tokens
     enable_chunked_prefill: bool = True
     max_jobs: int = 4096  # requests that may hold or wait for blocks at once
 
@@ -113,10 +113,8 @@ class DecodeWorker:
         self.last_token_at: float | None = None
         self._step_began_at = 0.0
         self._counts: dict[str, float] = defaultdict(float)
-        self._step_s = 0.0  # of the newest step
         self.step_log: StepLog | None = None
-        self.cores: Cores | None = None  # who says how many threads a step may use; none: always the runner's number
-        self.pace = Pace()
+        self.pacer = Pacer(settings.max_step_s)
         self.handover = Handover(
             settings.incarnation, settings.layout, pool, receivers, network, clock, secret, self._fail_transfer, self.wake
         )
@@ -289,7 +287,7 @@ class DecodeWorker:
     async def run(self) -> None:
         while True:
             if not self._sequences:
-                self._rest()
+                self.pacer.rest()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -301,7 +299,7 @@ class DecodeWorker:
         try:
             chunks = self._plan()
             if not chunks:
-                self._rest()
+                self.pacer.rest()
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), STALL_S)
@@ -323,13 +321,13 @@ class DecodeWorker:
         self._step_began_at = self._clock()
         try:
             result = await self._compute(lambda: self.runner.run(chunks, None, Extras(copies=tuple(copies))))
-            self.pace.learn(result.stats, self.runner.num_threads or 0)
+            self.pacer.learn(self.runner, result.stats)
             return result
         finally:
             self._in_step = False
             self._sequences.copied(copies)
             self._counts["num_steps"] += 1
-            seconds = self._step_s = self._clock() - self._step_began_at
+            seconds = self._clock() - self._step_began_at
             self._counts["step_s"] += seconds
             if self.step_log is not None:
                 self._log_step(self.step_log, chunks, seconds)
@@ -360,22 +358,14 @@ class DecodeWorker:
         return [self._chunk(s, min(n, s.num_uncomputed)) for s, n in decided.chunks if id(s) not in left_out]
 
     def _max_tokens(self) -> int:
-        """Of the next step; and its threads are taken. Work on borrowed cores is cut: their owner may wake at any time."""
-        most = self.settings.max_num_batched_tokens
-        if self.cores is None:
-            return most
-        running = self._sequences.running
+        """Of the next step."""
+        running, most = self._sequences.running, self.settings.max_num_batched_tokens
         prompt = next((s for s in running if s.num_uncomputed > 1), None)
         decoding = [s.num_computed for s in running if s.num_uncomputed == 1]
-        room = 0 if prompt is None else min(most - len(decoding), prompt.num_uncomputed)
-        load = Load(prompt.num_computed if prompt is not None else 0, max(0, room), len(decoding), sum(decoding))
-        choice = self.pace.choose(BORROWED_S, self.cores.num_own, self.cores.take(self._step_s), load)
-        self.runner.num_threads = choice.num_threads
-        return most if choice.max_tokens >= room else len(decoding) + choice.max_tokens
-
-    def _rest(self) -> None:
-        if self.cores is not None:
-            self.cores.rest()
+        room = 0 if prompt is None else max(0, min(most - len(decoding), prompt.num_uncomputed))
+        load = Load(prompt.num_computed if prompt is not None else 0, room, len(decoding), sum(decoding))
+        max_tokens = self.pacer.size(self.runner, load)
+        return most if max_tokens >= room else len(decoding) + max_tokens
 
     def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         if num_tokens < sequence.num_uncomputed:

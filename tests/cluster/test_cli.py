@@ -38,6 +38,7 @@ OTHER = {
     "--quantization": None,  # has no other value yet
     "--chat-template": "t.jinja",
     "--step-log": "steps.jsonl",
+    "--cpu-sharing": "shared",
     "--prefill": "3",
     "--decode": "2",
     "--prefill-tp": "2",
