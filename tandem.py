@@ -113,6 +113,7 @@ class LLM:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         device: str = "auto",
+        quantization: str = "auto",
         **keys: Any,
     ) -> None:
         if tensor_parallel_size != 1:
@@ -127,6 +128,7 @@ class LLM:
             "model.seed": seed,
             "model.dtype": dtype,
             "model.device": device,
+            "model.quantization": quantization,
             "model.max_len": max_model_len,
             "model.block_size": block_size,
             "model.num_blocks_override": num_gpu_blocks_override,

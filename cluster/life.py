@@ -21,6 +21,7 @@ from cluster.agent import Agent, new_incarnation, tell_phase
 from cluster.group import LOST_RANK, Leader, Spawn
 from cluster.orders import Order, OrderedNetwork
 from configs.schema import Config
+from kvtransfer.listening import bind_of
 from kvtransfer.process import boot_id, start_ticks
 from protocol.errors import Draining, GroupBroken, TandemError, TransferFailed, Unsupported
 from protocol.kv import ProcessRef
@@ -86,7 +87,7 @@ class WorkerLife:
         self._leader: Leader | None = None
         if self._parallel.num_ranks > 1:
             assert spawn is not None, f"{self.name} is {self._parallel} and nobody says how ranks are started"
-            self._leader = Leader(self.name, self._parallel, secret, config.transfer.bind_host, spawn, end_at_once, self.leave)
+            self._leader = Leader(self.name, self._parallel, secret, bind_of(config.transfer), spawn, end_at_once, self.leave)
 
     @property
     def is_over(self) -> bool:
@@ -126,8 +127,11 @@ class WorkerLife:
     async def _serve(self, assembly: Any, others: Any) -> None:
         """Build the worker of this role around the engine, and make it part of the cluster."""
         config = self._config
+        speculator = await self._in_engine_thread(lambda: _make_speculator(config, self._role, self._engine))
         computes = (self._in_engine_thread, self._in_verify_thread)
-        parts = assembly.Parts(config, self._engine, self.incarnation, self._network, time.monotonic, *computes, self._secret)
+        parts = assembly.Parts(
+            config, self._engine, self.incarnation, self._network, time.monotonic, *computes, self._secret, speculator
+        )
         self.worker = assembly.build_worker(self._role, parts, others, assembly.transports_of(config))
         if self._leader is not None and self._role == "prefill":
             self._leader.on_landed = self.worker.handover.rank_landed
@@ -154,8 +158,8 @@ class WorkerLife:
     async def _load_as_leader(self, assembly: Any, leader: Leader) -> tuple[Engine, Any]:
         """Our part of it, while the others load theirs."""
         config, role, parallel = self._config, self._role, self._parallel
-        host = config.transfer.bind_host
-        store, port = await self._in_engine_thread(lambda: assembly.open_store(host))
+        host, ports = bind_of(config.transfer)
+        store, port = await self._in_engine_thread(lambda: assembly.open_store(host, ports))
         config_json = msgspec.json.encode(config)
         transports = assembly.transports_of(config)
         leader.set_up(RankSetup(config_json, role, self.incarnation, parallel, host, port, transports, this_process()))
@@ -348,11 +352,18 @@ def import_engine() -> Any:
     return assembly
 
 
+def _make_speculator(config: Config, role: str, engine: Engine) -> Any:
+    from cluster.speculation import make_speculator
+
+    return make_speculator(config, role, engine)
+
+
 def _describe(engine: Engine) -> str:
     loaded = engine.loaded
     read = loaded.progress
     speed = f"; {read.bytes_total / 1e9:.2f} GB at {read.gb_per_s:.1f} GB/s" if read.bytes_total else ""
-    return f"{loaded.config.architecture} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}{speed}"
+    weights = f", {loaded.quantization} weights" if loaded.quantization.is_any else ""
+    return f"{loaded.config.architecture} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}{weights}{speed}"
 
 
 def _pool(engine: Engine) -> str:

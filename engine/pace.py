@@ -137,7 +137,14 @@ class Pacer:
             return load.most
         return self._pace.most_tokens(self._max_step_s, runner.num_threads or 0, load)
 
+    @property
+    def is_idle(self) -> bool:
+        """Nobody asks it for anything: steps are as large as the settings allow, on the runner's threads."""
+        return self.cores is None and self._max_step_s is None
+
     def learn(self, runner: ModelRunner, stats: StepStats) -> None:
+        if self.is_idle:
+            return
         self._last_s = stats.seconds
         self._pace.learn(stats, runner.num_threads or 0)
 

@@ -22,6 +22,7 @@ from engine.sampler import Sample, sample, score
 from engine.sequence import Sequence
 from engine.stats import StepStats
 from engine.step import NOTHING, Extras, Idle, Step, Stop
+from engine.verify import verified
 from kernels import cpu
 from kvtransfer.layout import rank_layout
 from models.load import LoadedModel
@@ -35,7 +36,8 @@ _NO_STEP = Step([], [], [], [], [], [])
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """prompt_logprobs[request_id]: the entries of the prompt positions that this step scored, position 0 as None. Over all
+    """samples: in the order of the chunks' samples; for a chunk with a draft one for each guess that was right, and the one after
+    them. prompt_logprobs[request_id]: the entries of the prompt positions that this step scored, position 0 as None. Over all
     chunks of a prompt they are prompt_len entries, in order."""
 
     samples: list[Sample]
@@ -104,7 +106,7 @@ class ModelRunner:
             ended = self._clock()
         if isinstance(hook, _Deferred) and hook.error is not None:
             raise hook.error
-        return StepResult(samples, scores, _stats(chunks, ended - started, computed - started, ended - computed))
+        return StepResult(samples, scores, _stats(chunks, samples, ended - started, computed - started, ended - computed))
 
     def idle(self) -> bool:
         """Leader of a group: a step of nothing, so that the others' wait stays below its deadline. To be called once no step
@@ -292,15 +294,15 @@ def _sample(logits: Tensor, wanted: Wanted) -> list[Sample]:
     indices = [row for _, row in wanted.samples]
     if indices != list(range(len(logits))):  # siblings of one prompt draw from the same row
         logits = logits[torch.tensor(indices, device=logits.device)]
-    return sample(logits, [sequence for sequence, _ in wanted.samples])
+    return verified(sample(logits, [sequence for sequence, _ in wanted.samples]))
 
 
-def _stats(chunks: SequenceOf[Chunk], seconds: float, forward_s: float, sample_s: float) -> StepStats:
+def _stats(chunks: SequenceOf[Chunk], samples: SequenceOf[Sample], seconds: float, forward_s: float, sample_s: float) -> StepStats:
     prefill_tokens = prefill_pairs = num_decode = decode_context = 0
     for chunk in chunks:
         sequence, length = chunk.sequence, chunk.num_tokens
         begin = sequence.num_computed
-        if length == 1 and begin >= sequence.prompt_len:
+        if sequence.chunk is chunk or length == 1 and begin >= sequence.prompt_len:
             num_decode += 1
             decode_context += begin + 1
         else:
@@ -311,7 +313,8 @@ def _stats(chunks: SequenceOf[Chunk], seconds: float, forward_s: float, sample_s
         num_decode=num_decode,
         prefill_pairs=prefill_pairs,
         decode_context=decode_context,
-        num_samples=sum(len(chunk.samples) for chunk in chunks),
+        num_samples=len(samples),
+        num_draft=sum(len(chunk.draft) for chunk in chunks),
         seconds=seconds,
         forward_s=forward_s,
         sample_s=sample_s,

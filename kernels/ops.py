@@ -1,7 +1,7 @@
 """The one door to every operation a model needs: here a device chooses its implementation.
 
 On the CPU these are the compiled kernels of native.py (float32, once `cpu.load()` was called), or torch operations arranged for few
-copies and few calls; on CUDA decode attention is the Triton kernel of paged_decode.py. Each has a twin in reference.py. Called
+copies and few calls; on a GPU everything goes on to cuda_ops.py and its Triton kernels. Each has a twin in reference.py. Called
 by models/; engine/batch.py builds the AttentionPlan.
 
 KV of one layer: [num_blocks, 2 (K, V), num_kv_heads, block_size, head_dim].
@@ -12,23 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
+from kernels.panels import PanelMatrix, StackedMatrix
 
 PIECE_LEN = 4096  # tokens of context that are copied out of the pool at a time: bounds memory for long contexts
 WINDOW_QUERIES = 256  # queries per explicit mask under sliding-window attention
+
+Matrix = Tensor | PanelMatrix | StackedMatrix  # what linear() multiplies by
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _packed_linear = torch.ops.mkldnn._linear_pointwise
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Span:
+class Span(NamedTuple):  # of all frozen things the quickest to make, and every step makes one for each sequence
     """Rows [start, start + length) of a batch are the tokens of one sequence that follow its context_len computed ones.
 
     blocks: the sequence's blocks, at least as many as context_len + length tokens need; index: the same as a tensor.
@@ -46,15 +48,26 @@ class AttentionPlan:
     """What every layer of one batch shares. The first num_single spans have one token each, so row i is span i.
 
     slots: rows of a layer seen as [num_blocks * 2 * num_kv_heads * block_size, head_dim], [num_tokens, 2, num_kv_heads].
-    block_tables, seq_lens: CUDA only, for the singles. cache: what an implementation works out once for all layers.
+    cache: what an implementation works out once for all layers.
+    The rest is for a GPU only (`on_gpu`), where spans may be empty and slots anything. query_starts: the row where each span
+    begins, and the end of the last. token_slots: block * block_size + place, negative for rows of padding. short_len: what every
+    span behind the singles has as its length, if they all have the same few; 0 otherwise.
     """
 
     spans: tuple[Span, ...]
     num_single: int
     slots: Tensor
-    block_tables: Tensor | None = None  # int32 [num_single, max_blocks]
-    seq_lens: Tensor | None = None  # int32 [num_single]
+    block_tables: Tensor | None = None  # int32 [num_spans, max_blocks]
+    seq_lens: Tensor | None = None  # int32 [num_spans], tokens with the span's own
+    query_starts: Tensor | None = None  # int32 [num_spans + 1]
+    token_slots: Tensor | None = None  # int64 [num_tokens]
+    short_len: int = 0
     cache: dict[Any, Any] = field(default_factory=dict)
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether cuda_ops.py is in charge. Tests pretend so, and then the kernels run in Triton's interpreter."""
+    return device.type == "cuda"
 
 
 # ---- pieces of a layer -----------------------------------------------------------------------------------------------
@@ -62,6 +75,10 @@ class AttentionPlan:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Over the last axis."""
+    if on_gpu(x.device) and x.dim() == 2:
+        from kernels import cuda_ops
+
+        return cuda_ops.rms_norm(x, weight, eps)
     if x.dim() == 2 and cpu.takes(x):
         return cpu.rms_norm(x, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
@@ -78,8 +95,17 @@ def pack(weight: Tensor) -> Tensor:
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """x [rows, in] @ weight [out, in].T + bias + residual [rows, out] -> contiguous [rows, out]. weight may be packed."""
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x [rows, in] @ weight [out, in].T + bias + residual [rows, out] -> contiguous [rows, out]. weight may be packed.
+
+    May overwrite the residual.
+    """
+    if not isinstance(weight, Tensor):
+        return weight.linear(x, bias, residual)
+    if on_gpu(x.device):
+        from kernels import cuda_ops
+
+        return cuda_ops.linear(x, weight, bias, residual)
     if weight.is_mkldnn:
         if residual is None:
             return _packed_linear(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
@@ -103,6 +129,10 @@ def _linear_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [rows, 2 * width] = [gate | up] -> [rows, width]. May overwrite its argument."""
+    if on_gpu(gate_up.device):
+        from kernels import cuda_ops
+
+        return cuda_ops.silu_mul(gate_up)
     width = gate_up.shape[-1] // 2
     if width % 16 == 0 and cpu.takes(gate_up) and gate_up.is_contiguous():
         return cpu.silu_mul(gate_up)
@@ -144,6 +174,11 @@ def rotate_and_write(
 ) -> None:
     """What lies between a layer's first product and its attention: rms_norm each head of q and k where there are norms for them,
     rotate both in place, and write_kv(). qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]."""
+    if on_gpu(qkv.device):
+        from kernels import cuda_ops
+
+        cuda_ops.rotate_and_write(qkv, num_heads, turn, norms, eps, kv_layer, plan)
+        return
     head_dim = kv_layer.shape[-1]
     if head_dim % 16 == 0 and cpu.takes(qkv) and kv_layer.is_contiguous():
         table = plan.cache.get("turn")
@@ -170,17 +205,15 @@ def attention(q: Tensor, rows: Tensor, kv_layer: Tensor, plan: AttentionPlan, sc
     window: a token sees itself and the window - 1 tokens before it.
     """
     num_tokens, num_heads, head_dim = q.shape
+    if on_gpu(q.device):
+        from kernels import cuda_ops
+
+        return cuda_ops.attention(q, kv_layer, plan, scale, window)
     if cpu.takes_attention(q, kv_layer):
         return cpu.attention(q, kv_layer, plan, scale, window)
     out = q.new_empty(num_tokens, num_heads, head_dim)
     if plan.num_single:
-        if plan.block_tables is not None and plan.seq_lens is not None and window is None:
-            from kernels.paged_decode import paged_decode_attention
-
-            singles = q[: plan.num_single]
-            out[: plan.num_single] = paged_decode_attention(singles, kv_layer, plan.block_tables, plan.seq_lens, scale)
-        else:
-            out[: plan.num_single] = _attend_singles(q[: plan.num_single], kv_layer, plan.spans[: plan.num_single], scale, window)
+        out[: plan.num_single] = _attend_singles(q[: plan.num_single], kv_layer, plan.spans[: plan.num_single], scale, window)
     for span in plan.spans[plan.num_single :]:
         if window is not None and span.context_len + span.length > window:
             _attend_windowed(out, q, kv_layer, span, scale, window)

@@ -39,17 +39,21 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, soft_cap: float | None = None
+) -> Tensor:
     """The last len(q) tokens of one sequence attend to all of it, causally; float64 with the whole score matrix.
 
     q [num_queries, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim] -> like q.
-    window: a token sees itself and the window - 1 tokens before it.
+    window: a token sees itself and the window - 1 tokens before it. soft_cap: scores are soft_cap * tanh(score / soft_cap).
     """
     num_queries, num_heads, _ = q.shape
     num_tokens, num_kv_heads, _ = k.shape
     k = k.double().repeat_interleave(num_heads // num_kv_heads, dim=1)
     v = v.double().repeat_interleave(num_heads // num_kv_heads, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
     query_at = torch.arange(num_tokens - num_queries, num_tokens)[:, None]
     key_at = torch.arange(num_tokens)[None, :]
     hidden = key_at > query_at

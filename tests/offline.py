@@ -24,7 +24,7 @@ def poisoned_pool(loaded: LoadedModel, block_size: int, num_blocks: int) -> torc
     layout = rank_layout(loaded.kv_layout(block_size), loaded.shard.parallel, loaded.shard.rank)
     shape = (layout.num_layers, num_blocks, 2, layout.num_kv_heads, block_size, layout.head_dim)
     dtype = getattr(torch, layout.dtype)
-    return torch.full(shape, float("nan") if dtype.is_floating_point else 171, dtype=dtype)
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 171, dtype=dtype, device=loaded.device)
 
 
 class Offline:

@@ -5,100 +5,32 @@ Everything that must not be read is NaN, and every table entry that must not be 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed (the test extra has it on Linux)")
 
 from kernels import paged_decode
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAR_OUTSIDE = 2**30
-# Relative RMS error against float64: a few roundings of the output type.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-
-Attention = Callable[..., torch.Tensor]
-
-
-class Case:
-    """A poisoned pool, and random sequences of the given lengths scattered over it."""
-
-    def __init__(
-        self,
-        seq_lens: list[int],
-        *,
-        heads: tuple[int, int] = (4, 2),
-        head_dim: int = 16,
-        block_size: int = 16,
-        dtype: torch.dtype = torch.float32,
-        spare_blocks: int = 3,
-        seed: int = 0,
-    ) -> None:
-        generator = np.random.default_rng(seed)
-        num_heads, num_kv_heads = heads
-        num_used = [-(-length // block_size) for length in seq_lens]
-        num_blocks = sum(num_used) + spare_blocks
-        width = max(num_used, default=0) + 2
-        order = generator.permutation(num_blocks)
-        pool = np.full((num_blocks, 2, num_kv_heads, block_size, head_dim), np.nan)
-        tables = np.full((len(seq_lens), width), FAR_OUTSIDE)
-        for row, length in enumerate(seq_lens):
-            for i in range(num_used[row]):
-                block, order = int(order[0]), order[1:]
-                tables[row, i] = block
-                filled = min(block_size, length - i * block_size)
-                pool[block, :, :, :filled] = generator.standard_normal((2, num_kv_heads, filled, head_dim))
-        self.scale = head_dim**-0.5
-        self.q = torch.tensor(generator.standard_normal((len(seq_lens), num_heads, head_dim)), dtype=dtype, device=DEVICE)
-        self.kv_layer = torch.tensor(pool, dtype=dtype, device=DEVICE)
-        self.block_tables = torch.tensor(tables, dtype=torch.int32, device=DEVICE)
-        self.seq_lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
-
-    def run(self, attention: Attention, **more: int | None) -> torch.Tensor:
-        return attention(self.q, self.kv_layer, self.block_tables, self.seq_lens, self.scale, **more)
-
-    def expected(self) -> np.ndarray:
-        """Plain softmax attention in float64, one sequence and one head at a time."""
-        q, pool = self.q.double().cpu().numpy(), self.kv_layer.double().cpu().numpy()
-        out = np.zeros(q.shape)
-        block_size, group = pool.shape[3], q.shape[1] // pool.shape[2]
-        for row, length in enumerate(self.seq_lens.tolist()):
-            blocks = self.block_tables[row, : -(-length // block_size)].tolist()
-            for head in range(q.shape[1] if length else 0):
-                k, v = (np.concatenate([pool[b, half, head // group] for b in blocks])[:length] for half in (0, 1))
-                scores = self.scale * k @ q[row, head]
-                weights = np.exp(scores - scores.max())
-                out[row, head] = weights @ v / weights.sum()
-        return out
-
-
-def relative_rms(got: torch.Tensor, expected: np.ndarray) -> float:
-    assert tuple(got.shape) == expected.shape
-    got64 = got.double().cpu().numpy()
-    assert np.isfinite(got64).all(), "something that must not be read was read"
-    return float(np.sqrt(np.mean((got64 - expected) ** 2)) / np.sqrt(np.mean(expected**2)))
+from tests.kernels.poisoned import DEVICE, TOLERANCE, Case, relative_rms
 
 
 def test_ragged_lengths_around_blocks_tiles_and_splits() -> None:
     lengths = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100]
     case = Case(lengths, block_size=16)
-    assert relative_rms(case.run(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
+    assert relative_rms(case.decode(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("num_splits", [None, 1, 2, 3, 7, 64])
-def test_any_number_of_splits_gives_the_same_answer(num_splits: int | None) -> None:
+@pytest.mark.parametrize("max_splits", [1, 2, 3, 7, 64])
+def test_any_number_of_splits_gives_the_same_answer(max_splits: int) -> None:
     case = Case([1, 40, 129, 200], block_size=16)
-    got = case.run(paged_decode.paged_decode_attention, num_splits=num_splits)
+    got = case.decode(paged_decode.paged_decode_attention, max_splits=max_splits)
     assert relative_rms(got, case.expected()) < TOLERANCE[torch.float32]
 
 
 def test_a_context_longer_than_one_split() -> None:
-    lengths = [paged_decode.SPLIT_LEN - 1, paged_decode.SPLIT_LEN, paged_decode.SPLIT_LEN + 1, 3]
-    case = Case(lengths, heads=(2, 1), block_size=32)
-    assert relative_rms(case.run(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
+    length = paged_decode.MIN_SPLIT_LEN
+    case = Case([length - 1, length, length + 1, 3], heads=(2, 1), block_size=32)
+    assert relative_rms(case.decode(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -109,19 +41,19 @@ def test_a_context_longer_than_one_split() -> None:
 def test_head_shapes(heads: tuple[int, int], head_dim: int) -> None:
     """One head, no grouping, groups that fill a part of a tile or more than one tile's 16 rows, odd dimensions."""
     case = Case([5, 37], heads=heads, head_dim=head_dim)
-    assert relative_rms(case.run(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
+    assert relative_rms(case.decode(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 64, 256])
 def test_block_sizes(block_size: int) -> None:
     case = Case([1, block_size, block_size + 1, 70], block_size=block_size)
-    assert relative_rms(case.run(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
+    assert relative_rms(case.decode(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
 
 
 def test_half_precision() -> None:
     """float16; the interpreter computes bfloat16 products as integers, so that type is left to the GPU test below."""
     case = Case([1, 17, 90], heads=(8, 2), head_dim=64, dtype=torch.float16)
-    got = case.run(paged_decode.paged_decode_attention, num_splits=3)
+    got = case.decode(paged_decode.paged_decode_attention, max_splits=3)
     assert got.dtype == torch.float16
     assert relative_rms(got, case.expected()) < TOLERANCE[torch.float16]
 
@@ -129,7 +61,7 @@ def test_half_precision() -> None:
 def test_large_scores_do_not_overflow() -> None:
     case = Case([50, 3])
     case.q *= 300.0
-    assert relative_rms(case.run(paged_decode.paged_decode_attention), case.expected()) < 2e-5
+    assert relative_rms(case.decode(paged_decode.paged_decode_attention), case.expected()) < 2e-5
 
 
 def test_scores_that_grow_along_the_context_rescale_earlier_splits() -> None:
@@ -137,7 +69,7 @@ def test_scores_that_grow_along_the_context_rescale_earlier_splits() -> None:
     case = Case([128], heads=(1, 1))
     for i in range(8):
         case.kv_layer[int(case.block_tables[0, i]), 0] *= 1.0 + i
-    got = case.run(paged_decode.paged_decode_attention, num_splits=4)
+    got = case.decode(paged_decode.paged_decode_attention, max_splits=4)
     assert relative_rms(got, case.expected()) < 2e-5
 
 
@@ -148,21 +80,21 @@ def test_strided_queries() -> None:
     fused[:, 0] = case.q
     case.q = fused[:, 0]
     assert not case.q.is_contiguous()
-    assert relative_rms(case.run(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
+    assert relative_rms(case.decode(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
 
 
 def test_an_empty_row_is_zero_and_an_empty_batch_is_empty() -> None:
     case = Case([0, 7])
-    got = case.run(paged_decode.paged_decode_attention)
+    got = case.decode(paged_decode.paged_decode_attention)
     assert torch.equal(got[0], torch.zeros_like(got[0]))
     assert relative_rms(got, case.expected()) < TOLERANCE[torch.float32]
-    assert Case([]).run(paged_decode.paged_decode_attention).shape == (0, 4, 16)
+    assert Case([]).decode(paged_decode.paged_decode_attention).shape == (0, 4, 16)
 
 
 def test_the_rest_of_the_batch_changes_no_bit() -> None:
     """The order of the additions is fixed by the sequence alone."""
     together = Case([700, 30, 1], heads=(2, 1))
-    got = together.run(paged_decode.paged_decode_attention)
+    got = together.decode(paged_decode.paged_decode_attention)
     for row in range(3):
         length = int(together.seq_lens[row])
         alone = paged_decode.paged_decode_attention(
@@ -181,7 +113,7 @@ def test_poisoned_memory_is_overwritten_and_not_read(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "empty", lambda *a, **k: real_empty(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: real_empty_like(*a, **k).fill_(float("nan")))
     case = Case([1, 40, 0, 129])
-    got = case.run(paged_decode.paged_decode_attention, num_splits=5)
+    got = case.decode(paged_decode.paged_decode_attention, max_splits=5)
     assert relative_rms(got, case.expected()) < TOLERANCE[torch.float32]
 
 
@@ -196,7 +128,7 @@ def test_the_kernel_and_its_twin_agree(seed: int) -> None:
         rows.append(reference.attend(case.q[row : row + 1], k, v, case.scale))
     twin = torch.cat(rows)
     assert relative_rms(twin, case.expected()) < TOLERANCE[torch.float32]
-    kernel = case.run(paged_decode.paged_decode_attention)
+    kernel = case.decode(paged_decode.paged_decode_attention)
     assert relative_rms(kernel, twin.double().cpu().numpy()) < TOLERANCE[torch.float32]
 
 
@@ -204,11 +136,68 @@ def test_wrong_arguments_are_named() -> None:
     case = Case([4])
     case.block_tables = case.block_tables.long()
     with pytest.raises(AssertionError, match="int32"):
-        case.run(paged_decode.paged_decode_attention)
+        case.decode(paged_decode.paged_decode_attention)
+
+
+@pytest.mark.parametrize("window", [1, 5, 16, 33, 70, 500])
+def test_sliding_window(window: int) -> None:
+    """What has left the window is poison, and its blocks are in no table."""
+    case = Case([1, 15, 33, 64, 200], window=window)
+    assert relative_rms(case.decode(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("soft_cap", [0.5, 30.0])
+def test_soft_cap(soft_cap: float) -> None:
+    case = Case([1, 33, 130], soft_cap=soft_cap)
+    case.q *= 20.0
+    assert relative_rms(case.decode(paged_decode.paged_decode_attention), case.expected()) < 5e-6
+
+
+@pytest.mark.parametrize(("count", "window"), [(2, None), (3, 20), (5, None), (4, 1)])
+def test_several_queries_per_sequence(count: int, window: int | None) -> None:
+    """As when drafted tokens are verified: causal among each other, each with its own window."""
+    case = Case([count, 16, 65, 131], heads=(6, 2), num_queries=count, window=window)
+    got = case.decode(paged_decode.paged_decode_attention, num_queries=count)
+    assert relative_rms(got, case.expected()) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("soft_cap", [None, 4.0])
+def test_fp8_pool(soft_cap: float | None) -> None:
+    case = Case([1, 31, 129], heads=(4, 2), head_dim=32, fp8=True, soft_cap=soft_cap, dtype=torch.float32)
+    assert relative_rms(case.decode(paged_decode.paged_decode_attention), case.expected()) < 5e-6
+
+
+def test_everything_at_once() -> None:
+    case = Case([3, 40, 77, 150], heads=(6, 2), head_dim=24, num_queries=3, window=50, soft_cap=5.0, fp8=True, block_size=8)
+    got = case.decode(paged_decode.paged_decode_attention, num_queries=3)
+    assert relative_rms(got, case.expected()) < 5e-6
+
+
+def test_the_width_of_the_table_changes_no_bit() -> None:
+    """A captured graph has a table for the longest context; the grid grows with it, the split of a context does not."""
+    case = Case([70, 9, 260])
+    narrow = case.decode(paged_decode.paged_decode_attention)
+    wide = torch.full((3, 200), 2**30, dtype=torch.int32, device=DEVICE)
+    wide[:, : case.block_tables.shape[1]] = case.block_tables
+    case.block_tables = wide
+    assert torch.equal(case.decode(paged_decode.paged_decode_attention), narrow)
+
+
+def test_writes_where_it_is_told() -> None:
+    case = Case([70, 9])
+    out = torch.full_like(case.q, float("nan"))
+    assert case.decode(paged_decode.paged_decode_attention, out=out) is out
+    assert relative_rms(out, case.expected()) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_on_a_gpu_at_serving_shapes(dtype: torch.dtype) -> None:
-    case = Case([1, 511, 2048, 3000], heads=(32, 8), head_dim=128, dtype=dtype)
-    assert relative_rms(case.run(paged_decode.paged_decode_attention), case.expected()) < TOLERANCE[dtype]
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"window": 700}, {"soft_cap": 20.0}, {"num_queries": 4}, {"fp8": True}, {"fp8": True, "window": 100, "num_queries": 2}],
+    ids=str,
+)
+def test_on_a_gpu_at_serving_shapes(dtype: torch.dtype, more: dict) -> None:
+    case = Case([4, 511, 2048, 3000], heads=(32, 8), head_dim=128, dtype=dtype, **more)
+    got = case.decode(paged_decode.paged_decode_attention, num_queries=more.get("num_queries", 1))
+    assert relative_rms(got, case.expected()) < max(TOLERANCE[dtype], 5e-6)
