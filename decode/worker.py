@@ -27,7 +27,7 @@ from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
-from engine.pace import Load, Pacer
+from engine.pace import Pacer
 from engine.prefix import forget_prefix
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
@@ -47,7 +47,6 @@ from protocol.errors import (
     WorkerLost,
     to_failure,
 )
-from protocol.events import TokenLogprobs
 from protocol.kv import KVLayout
 from protocol.messages import (
     Cancel,
@@ -140,18 +139,17 @@ class DecodeWorker:
             return await self._reserve(peer, message)
         if isinstance(message, Seal):
             return await self._seal(message)
-        if isinstance(message, Landed):
-            self.handover.landed(message)
-            return None
         if isinstance(message, Handshake):
             return self.handover.handshake(peer, message)
-        if isinstance(message, Cancel):
+        if isinstance(message, Landed):
+            self.handover.landed(message)
+        elif isinstance(message, Cancel):
             self._cancel(message)
-            return None
-        if isinstance(message, WriterDone):
+        elif isinstance(message, WriterDone):
             self.handover.writer_done(message.grant_id)
-            return None
-        raise InvalidRequest(f"a decode worker does not take {type(message).__name__}")
+        else:
+            raise InvalidRequest(f"a decode worker does not take {type(message).__name__}")
+        return None
 
     def on_lost(self, peer: Peer) -> None:
         """A gateway is gone: its work stops. A prefill worker is gone: `tick` sees whether it is dead."""
@@ -358,9 +356,10 @@ class DecodeWorker:
             self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
 
     def _plan(self) -> list[Chunk]:
-        budget = Budget(self.settings.max_num_seqs, self._max_tokens(), self.settings.enable_chunked_prefill)
-        block_size = self.settings.layout.block_size
-        mine = self._sequences
+        settings, mine = self.settings, self._sequences
+        max_tokens = self.pacer.budget(self.runner, mine.running, settings.max_num_batched_tokens)
+        budget = Budget(settings.max_num_seqs, max_tokens, settings.enable_chunked_prefill)
+        block_size = settings.layout.block_size
         running = mine.running if self.settings.without != "continuous-batching" else mine.static_batch(budget.max_num_seqs)
         growing = None if mine.preempted else steady(running, self.pool.num_free, block_size, budget)
         if growing is not None:
@@ -378,18 +377,6 @@ class DecodeWorker:
         if self.drafting is not None:
             self.drafting.plan(chunks)
         return chunks
-
-    def _max_tokens(self) -> int:
-        """Of the next step."""
-        running, most = self._sequences.running, self.settings.max_num_batched_tokens
-        if self.pacer.is_idle:
-            return most
-        prompt = next((s for s in running if s.num_uncomputed > 1), None)
-        decoding = [s.num_computed for s in running if s.num_uncomputed == 1]
-        room = 0 if prompt is None else max(0, min(most - len(decoding), prompt.num_uncomputed))
-        load = Load(prompt.num_computed if prompt is not None else 0, room, len(decoding), sum(decoding))
-        max_tokens = self.pacer.size(self.runner, load)
-        return most if max_tokens >= room else len(decoding) + max_tokens
 
     def _emit(self, chunks: list[Chunk], result: StepResult) -> None:
         """Apply the step to its sequences and tell each gateway in one frame."""
@@ -472,19 +459,13 @@ class DecodeWorker:
             finish_reason=finished[0] if finished else None,
             stop_reason=finished[1] if finished else None,
             cached_tokens=job.cached_tokens,
-            prompt_logprobs=self._take_scores(job),
+            prompt_logprobs=job.take_scores(),
             spent=job.take_spent(self._clock),
         )
         if finished:
             job.ended.add(sequence.choice)
             self._after_step.append(lambda: self._retire(sequence))
         return update
-
-    def _take_scores(self, job: Job) -> tuple[TokenLogprobs | None, ...] | None:
-        if not job.scored:
-            return None
-        scored, job.scored = tuple(job.scored), []
-        return scored
 
     # ---- the end of things ------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ prefill/worker.py and decode/worker.py; scheduler/ has models of its own, of who
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine.stats import StepStats
 
 if TYPE_CHECKING:
     from engine.runner import ModelRunner
+    from engine.sequence import Sequence
 
 FORGETTING = 0.98  # a step counts half after 34 others
 SCALES = np.array([1.0, 100.0, 30_000.0, 10.0, 10_000.0])  # of the terms: what a usual step has of each
@@ -136,6 +138,17 @@ class Pacer:
         if self._max_step_s is None:
             return load.most
         return self._pace.most_tokens(self._max_step_s, runner.num_threads or 0, load)
+
+    def budget(self, runner: ModelRunner, running: SequenceOf[Sequence], most: int) -> int:
+        """Tokens of a step of all that decode and of a part of the first prompt; at most `most`."""
+        if self.is_idle:
+            return most
+        prompt = next((s for s in running if s.num_uncomputed > 1), None)
+        decoding = [s.num_computed for s in running if s.num_uncomputed == 1]
+        room = 0 if prompt is None else max(0, min(most - len(decoding), prompt.num_uncomputed))
+        load = Load(prompt.num_computed if prompt is not None else 0, room, len(decoding), sum(decoding))
+        max_tokens = self.size(runner, load)
+        return most if max_tokens >= room else len(decoding) + max_tokens
 
     @property
     def is_idle(self) -> bool:
