@@ -134,6 +134,7 @@ class Pacer:
         if self.cores is not None:
             offered = self.cores.take(self._last_s)
             runner.num_threads, max_tokens = self._pace.choose(BORROWED_S, self.cores.num_own, offered, load)
+            self.cores.use(runner.num_threads)
             load = load._replace(most=max_tokens)
         if self._max_step_s is None:
             return load.most
