@@ -19,7 +19,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 import decode.worker
 import prefill.worker
 from cluster.preflight import DEFAULT_BLOCK_SIZE, cpu_kv_bytes, kv_share, max_model_len, runs_on_cpu
-from configs.schema import Config
+from configs.schema import MAX_AUTO_TOKENS, Config
+from configs.tenants import read_file
 from decode.worker import DecodeWorker
 from engine.batch import Chunk
 from engine.blocks import BlockPool
@@ -265,6 +266,21 @@ def rank_receivers(parts: Parts, transports: tuple[str, ...]) -> RankReceivers:
     return RankReceivers(kv, receivers, parts.verify_compute, place)
 
 
+def max_batched_tokens(config: Config, role: str) -> int:
+    """Of one step; where that is left to the worker, the most it may come to."""
+    return config.pool(role).max_num_batched_tokens or max(MAX_AUTO_TOKENS, config.pool(role).max_num_seqs)
+
+
+def max_step_s(config: Config, role: str) -> float | None:
+    """How long a step may take where its size is left to the worker: the strictest TPOT that any class is promised, as the tenants
+    file is at this worker's start. Raises TandemError when that file cannot be read."""
+    if config.pool(role).max_num_batched_tokens:
+        return None
+    if config.scheduler.tenants_file is None:
+        return config.scheduler.tpot_target_s
+    return min(one.tpot_s for one in read_file(config.scheduler.tenants_file).classes.values())
+
+
 def build_worker(role: str, parts: Parts, others: Others, transports: tuple[str, ...]) -> DecodeWorker | PrefillWorker:
     return build_decode(parts, others, transports) if role == "decode" else build_prefill(parts, others, transports)
 
@@ -287,7 +303,8 @@ def build_decode(parts: Parts, others: Others, transports: tuple[str, ...]) -> D
         layout=engine.layout,
         max_model_len=engine.max_model_len,
         max_num_seqs=config.decode.max_num_seqs,
-        max_num_batched_tokens=config.decode.max_num_batched_tokens,
+        max_num_batched_tokens=max_batched_tokens(config, "decode"),
+        max_step_s=max_step_s(config, "decode"),
         enable_chunked_prefill=config.decode.enable_chunked_prefill,
         without=config.decode.without,
     )
@@ -324,7 +341,8 @@ def build_prefill(parts: Parts, others: Others, transports: tuple[str, ...]) -> 
         parallel=engine.loaded.shard.parallel,
         ranks=(ProcessRef(boot_id(), os.getpid(), start_ticks()), *others.processes),
         max_num_seqs=config.prefill.max_num_seqs,
-        max_num_batched_tokens=config.prefill.max_num_batched_tokens,
+        max_num_batched_tokens=max_batched_tokens(config, "prefill"),
+        max_step_s=max_step_s(config, "prefill"),
         transfer_timeout_s=config.transfer.timeout_s,
     )
     connector = Connector(engine.kv, parts.secret, parts.incarnation, place_of(engine), others.callers)
@@ -352,7 +370,7 @@ def worker_info(role: str, name: str, parts: Parts, others: Others) -> WorkerInf
         num_blocks=engine.pool.num_blocks,
         max_model_len=engine.max_model_len,
         max_num_seqs=config.pool(role).max_num_seqs,
-        max_num_batched_tokens=config.pool(role).max_num_batched_tokens,
+        max_num_batched_tokens=max_batched_tokens(config, role),
         price_per_hour=config.pool(role).price_per_hour,
         is_spot=config.pool(role).is_spot,
         pid=os.getpid(),

@@ -135,7 +135,7 @@ class WorkerLife:
         self.worker = assembly.build_worker(self._role, parts, others, assembly.transports_of(config))
         if self._leader is not None and self._role == "prefill":
             self._leader.on_landed = self.worker.handover.rank_landed
-        self.worker.cores = assembly.cores_of(config, self._role, self._ledger, self._engine.loaded.device.type)
+        self.worker.pacer.cores = assembly.cores_of(config, self._role, self._ledger, self._engine.loaded.device.type)
         self.worker.step_log = assembly.open_step_log(config, self.name, self.incarnation)
         await self.worker.start()
         canary = assembly.canary(self._engine, self.worker, self._in_engine_thread, time.monotonic)

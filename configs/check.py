@@ -114,7 +114,7 @@ def _check_model(config: Config, where: str) -> None:
     """One model and its pools. where: before its keys, in messages."""
     _check_pools(config, where)
     decode, model = config.decode, config.model
-    if decode.max_num_batched_tokens < decode.max_num_seqs:
+    if 0 < decode.max_num_batched_tokens < decode.max_num_seqs:
         raise ConfigError(
             f"{where}decode.max_num_batched_tokens {decode.max_num_batched_tokens} is below decode.max_num_seqs "
             f"{decode.max_num_seqs}: a step has one token for each sequence; raise the first or lower the second",
@@ -139,6 +139,12 @@ def _check_model(config: Config, where: str) -> None:
                 "restore together yet; leave it at 0",
                 param="model.host_cache_bytes",
             )
+    if not decode.enable_chunked_prefill and not decode.max_num_batched_tokens:
+        raise ConfigError(
+            "decode.max_num_batched_tokens auto cuts prompts, and decode.enable_chunked_prefill is false; give a number, or let "
+            "prompts be cut",
+            param="decode.max_num_batched_tokens",
+        )
     whole = not decode.enable_chunked_prefill and model.max_len is not None
     if whole and decode.max_num_batched_tokens < (model.max_len or 0):
         raise ConfigError(

@@ -20,7 +20,7 @@ import yaml
 from configs.check import check
 from configs.flags import BY_KEY
 from configs.lists import Item, Raw, further_models, items_in, items_of, overflow_servers
-from configs.schema import BYTE_KEYS, KEYS, LISTS, REFUSALS, SECRET_KEYS, SECTIONS, Config, Key
+from configs.schema import AUTO_KEYS, BYTE_KEYS, KEYS, LISTS, REFUSALS, SECRET_KEYS, SECTIONS, Config, Key
 from protocol.errors import ConfigError
 
 DEFAULT_PRESET = "general"
@@ -164,6 +164,8 @@ def _parse(key: Key, value: Any, is_text: bool) -> Any:
         return value if isinstance(value, str) else None
     if key.name in BYTE_KEYS and isinstance(value, str):
         return num_bytes(value)
+    if key.name in AUTO_KEYS and value == "auto":
+        return 0
     if isinstance(value, bool):
         return None
     if isinstance(value, str) and is_text:
@@ -197,6 +199,8 @@ def _expected(key: Key) -> str:
     kind = {"int": "an integer", "float": "a number", "bool": "true or false"}[key.kind]
     if key.name in BYTE_KEYS:
         kind = "a number of bytes, such as 536870912 or 512MiB"
+    if key.name in AUTO_KEYS:
+        kind = "auto or an integer"
     return f"must be {kind}" + (f" of {key.range}" if key.range else "") + (", or none" if key.optional else "")
 
 

@@ -19,6 +19,8 @@ from protocol.parallel import Parallel
 SECRET_KEYS = frozenset({"gateway.api_key"})  # never printed
 # These also take "512MiB".
 BYTE_KEYS = frozenset({"model.kv_cache_bytes", "model.host_cache_bytes", "gateway.max_body_bytes", "scheduler.max_queue_bytes"})
+AUTO_KEYS = frozenset({"prefill.max_num_batched_tokens", "decode.max_num_batched_tokens"})  # these take "auto", which is 0
+MAX_AUTO_TOKENS = 2048  # of a step whose size is left to its worker
 
 Count = Annotated[int, Meta(ge=1, le=2**24)]
 GroupSize = Annotated[int, Meta(ge=1, le=256)]
@@ -85,7 +87,9 @@ class PrefillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     price_per_hour: Annotated[Price, says("money for an hour of a prefill worker")] = 0.0
     is_spot: Annotated[bool, says("prefill workers may be taken away at short notice")] = False
     replicas: Annotated[CountOrAuto, says("prefill workers; 0: decode workers prefill for themselves")] = 1
-    max_num_batched_tokens: Annotated[Count, says("prompt tokens in one prefill step")] = 512
+    max_num_batched_tokens: Annotated[
+        CountOrAuto, says("prompt tokens in one prefill step; auto (or 0): as many as keep it below the strictest TPOT promise")
+    ] = 512
     max_num_seqs: Annotated[Count, says("prompts in one prefill step")] = 16
     tp: Annotated[GroupSize, says("tensor ranks of a prefill worker: so many processes share each layer's heads")] = 1
     pp: Annotated[GroupSize, says("pipeline stages of a prefill worker: so many groups of tensor ranks share the layers")] = 1
@@ -115,7 +119,9 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     is_spot: Annotated[bool, says("decode workers may be taken away at short notice")] = False
     replicas: Annotated[Count, says("decode workers")] = 1
     max_num_seqs: Annotated[Count, says("sequences in one decode step")] = 64
-    max_num_batched_tokens: Annotated[Count, says("tokens in one decode step, prompts it prefills itself included")] = 256
+    max_num_batched_tokens: Annotated[
+        CountOrAuto, says("tokens in one decode step, prompts it prefills itself included; auto (or 0): as for prefill")
+    ] = 256
     enable_chunked_prefill: Annotated[bool, says("a decode worker prefills in pieces, between others' tokens")] = True
     preemption_mode: Annotated[
         Literal["recompute", "swap"],

@@ -36,6 +36,11 @@ class Job:
         """Its KV is verified; the verification began at `since`, and landed_s is what the writer measured before it."""
         self.began_at, self.transfer_s = now, landed_s + now - since
 
+    def take_scores(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """Of the prompt, what was not told yet."""
+        scored, self.scored = tuple(self.scored), []
+        return scored or None
+
     def take_spent(self, clock: Clock) -> Spent | None:
         """What its first token from here took, told once. A prompt that came over waited from its seal on, the step included."""
         if self.has_told:

@@ -27,8 +27,7 @@ from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
-from engine.cores import BORROWED_S, Cores
-from engine.pace import Load, Pace
+from engine.pace import Pacer
 from engine.prefix import forget_prefix
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
@@ -48,7 +47,6 @@ from protocol.errors import (
     WorkerLost,
     to_failure,
 )
-from protocol.events import TokenLogprobs
 from protocol.kv import KVLayout
 from protocol.messages import (
     Cancel,
@@ -83,6 +81,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 256
+    max_step_s: float | None = None  # steps are cut to take no longer; none: only to max_num_batched_tokens
     enable_chunked_prefill: bool = True
     max_jobs: int = 4096  # requests that may hold or wait for blocks at once
     without: str = "nothing"  # or "continuous-batching", "paging": for measuring what they are worth
@@ -122,10 +121,8 @@ class DecodeWorker:
         self.last_token_at: float | None = None
         self._step_began_at = 0.0
         self._counts: dict[str, float] = defaultdict(float)
-        self._step_s = 0.0  # of the newest step
         self.step_log: StepLog | None = None
-        self.cores: Cores | None = None  # who says how many threads a step may use; none: always the runner's number
-        self.pace = Pace()
+        self.pacer = Pacer(settings.max_step_s)
         self.handover = Handover(
             settings.incarnation, settings.layout, pool, receivers, network, clock, secret, self._fail_transfer, self.wake
         )
@@ -142,18 +139,17 @@ class DecodeWorker:
             return await self._reserve(peer, message)
         if isinstance(message, Seal):
             return await self._seal(message)
-        if isinstance(message, Landed):
-            self.handover.landed(message)
-            return None
         if isinstance(message, Handshake):
             return self.handover.handshake(peer, message)
-        if isinstance(message, Cancel):
+        if isinstance(message, Landed):
+            self.handover.landed(message)
+        elif isinstance(message, Cancel):
             self._cancel(message)
-            return None
-        if isinstance(message, WriterDone):
+        elif isinstance(message, WriterDone):
             self.handover.writer_done(message.grant_id)
-            return None
-        raise InvalidRequest(f"a decode worker does not take {type(message).__name__}")
+        else:
+            raise InvalidRequest(f"a decode worker does not take {type(message).__name__}")
+        return None
 
     def on_lost(self, peer: Peer) -> None:
         """A gateway is gone: its work stops. A prefill worker is gone: `tick` sees whether it is dead."""
@@ -299,7 +295,7 @@ class DecodeWorker:
     async def run(self) -> None:
         while True:
             if not self._sequences:
-                self._rest()
+                self.pacer.rest()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -311,7 +307,7 @@ class DecodeWorker:
         try:
             chunks = self._plan()
             if not chunks:
-                self._rest()
+                self.pacer.rest()
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), STALL_S)
@@ -335,13 +331,13 @@ class DecodeWorker:
         result: StepResult | None = None
         try:
             chunks, result = await self._compute(lambda: self._run(chunks, Extras(copies=tuple(copies))))
-            self.pace.learn(result.stats, self.runner.num_threads or 0)
+            self.pacer.learn(self.runner, result.stats)
             return chunks, result
         finally:
             self._in_step = False
             self._sequences.copied(copies)
             self._counts["num_steps"] += 1
-            seconds = self._step_s = self._clock() - self._step_began_at
+            seconds = self._clock() - self._step_began_at
             self._counts["step_s"] += seconds
             if self.step_log is not None:
                 self._report.log_step(self.step_log, self._step_began_at, seconds, chunks, result)
@@ -360,9 +356,10 @@ class DecodeWorker:
             self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
 
     def _plan(self) -> list[Chunk]:
-        budget = Budget(self.settings.max_num_seqs, self._max_tokens(), self.settings.enable_chunked_prefill)
-        block_size = self.settings.layout.block_size
-        mine = self._sequences
+        settings, mine = self.settings, self._sequences
+        max_tokens = self.pacer.budget(self.runner, mine.running, settings.max_num_batched_tokens)
+        budget = Budget(settings.max_num_seqs, max_tokens, settings.enable_chunked_prefill)
+        block_size = settings.layout.block_size
         running = mine.running if self.settings.without != "continuous-batching" else mine.static_batch(budget.max_num_seqs)
         growing = None if mine.preempted else steady(running, self.pool.num_free, block_size, budget)
         if growing is not None:
@@ -380,24 +377,6 @@ class DecodeWorker:
         if self.drafting is not None:
             self.drafting.plan(chunks)
         return chunks
-
-    def _max_tokens(self) -> int:
-        """Of the next step; and its threads are taken. Work on borrowed cores is cut: their owner may wake at any time."""
-        most = self.settings.max_num_batched_tokens
-        if self.cores is None:
-            return most
-        running = self._sequences.running
-        prompt = next((s for s in running if s.num_uncomputed > 1), None)
-        decoding = [s.num_computed for s in running if s.num_uncomputed == 1]
-        room = 0 if prompt is None else min(most - len(decoding), prompt.num_uncomputed)
-        load = Load(prompt.num_computed if prompt is not None else 0, max(0, room), len(decoding), sum(decoding))
-        choice = self.pace.choose(BORROWED_S, self.cores.num_own, self.cores.take(self._step_s), load)
-        self.runner.num_threads = choice.num_threads
-        return most if choice.max_tokens >= room else len(decoding) + choice.max_tokens
-
-    def _rest(self) -> None:
-        if self.cores is not None:
-            self.cores.rest()
 
     def _emit(self, chunks: list[Chunk], result: StepResult) -> None:
         """Apply the step to its sequences and tell each gateway in one frame."""
@@ -478,19 +457,13 @@ class DecodeWorker:
             finish_reason=finished[0] if finished else None,
             stop_reason=finished[1] if finished else None,
             cached_tokens=job.cached_tokens,
-            prompt_logprobs=self._take_scores(job),
+            prompt_logprobs=job.take_scores(),
             spent=job.take_spent(self._clock),
         )
         if finished:
             job.ended.add(sequence.choice)
             self._after_step.append(lambda: self._retire(sequence))
         return update
-
-    def _take_scores(self, job: Job) -> tuple[TokenLogprobs | None, ...] | None:
-        if not job.scored:
-            return None
-        scored, job.scored = tuple(job.scored), []
-        return scored
 
     # ---- the end of things ------------------------------------------------------------------------------------------
 

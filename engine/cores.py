@@ -42,6 +42,10 @@ class Cores(Protocol):
         """Before a step that should take so long."""
         ...
 
+    def use(self, num_threads: int) -> None:
+        """So many of those that were offered are really used."""
+        ...
+
     def rest(self) -> None:
         """There is no work for now."""
         ...
@@ -55,6 +59,9 @@ class Fixed:
 
     def take(self, expected_s: float) -> int:
         return self.num_own
+
+    def use(self, num_threads: int) -> None:
+        pass
 
     def rest(self) -> None:
         pass
@@ -102,6 +109,9 @@ class Ledger:
         slot[NUM_THREADS] = num_threads
         slot[BUSY_UNTIL_NS] = until_ns
 
+    def correct(self, num_threads: int) -> None:
+        self.slots[self.number, NUM_THREADS] = num_threads
+
     def used_by_others(self, now_ns: int) -> int:
         """Threads of all workers that are busy at this moment."""
         busy = self.slots[:, BUSY_UNTIL_NS] > now_ns
@@ -146,6 +156,9 @@ class Lending:
         until = now + int(1e9 * min(MAX_CLAIM_S, max(CLAIM_S, 2 * expected_s)))
         self._ledger.write(self._num_used or threads, until)
         return threads
+
+    def use(self, num_threads: int) -> None:
+        self._ledger.correct(self._num_used or num_threads)
 
     def rest(self) -> None:
         self._ledger.write(0, 0)

@@ -7,11 +7,17 @@ prefill/worker.py and decode/worker.py; scheduler/ has models of its own, of who
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from engine.cores import BORROWED_S, Cores
 from engine.stats import StepStats
+
+if TYPE_CHECKING:
+    from engine.runner import ModelRunner
+    from engine.sequence import Sequence
 
 FORGETTING = 0.98  # a step counts half after 34 others
 SCALES = np.array([1.0, 100.0, 30_000.0, 10.0, 10_000.0])  # of the terms: what a usual step has of each
@@ -19,6 +25,7 @@ PRIOR = 0.05  # how little is known before the first step, in units of a usual s
 MIN_STEPS = 3
 SMALLEST = 64  # tokens; a chunk is never cut below it, for the weights are read once for each
 STRIDE = 16
+TRY_UNKNOWN = 4  # so often one's own threads alone are tried while nothing is known of them
 TRY_OTHER = 64  # so often the choice that looks worse is made, for what was true may have changed
 
 
@@ -68,15 +75,15 @@ class Pace:
 
     def expect(self, num_threads: int, load: Load, num_tokens: int) -> float | None:
         """Seconds of a step with so many of the prompt's tokens; None before enough was seen on so many threads."""
-        fit = self._fits.get(num_threads)
-        if fit is None or fit.num_steps < MIN_STEPS:
+        if self._is_unknown(num_threads):
             return None
+        fit = self._fits[num_threads]
         pairs = num_tokens * load.first + num_tokens * (num_tokens + 1) // 2
         return max(0.0, float(_terms(num_tokens, pairs, load.num_decode, load.context) @ np.maximum(fit.weights, 0.0)))
 
     def most_tokens(self, limit_s: float, num_threads: int, load: Load) -> int:
-        """The largest chunk of the prompt, a multiple of 16 and not below SMALLEST, whose step stays within limit_s. Before anything
-        is known, all."""
+        """The largest chunk of the prompt, a multiple of 16 and not below SMALLEST, whose step stays within limit_s. Before
+        anything is known, all."""
         low, high = SMALLEST, load.most
         whole = self.expect(num_threads, load, high)
         if whole is None or whole <= limit_s or high <= SMALLEST:
@@ -96,11 +103,69 @@ class Pace:
         self._num_choices += 1
         if self._num_choices % TRY_OTHER == 0:
             return Choice(num_own, load.most)
+        if self._is_unknown(num_own) and self._num_choices % TRY_UNKNOWN == 0:
+            return Choice(num_own, load.most)
         borrowed, own = self.expect(num_offered, load, cut), self.expect(num_own, load, load.most)
         if borrowed is None or own is None or self._num_choices % TRY_OTHER == TRY_OTHER // 2:
             return Choice(num_offered, cut)
         tokens_borrowed, tokens_own = (max(1, count + load.num_decode) for count in (cut, load.most))
         return Choice(num_offered, cut) if borrowed / tokens_borrowed < own / tokens_own else Choice(num_own, load.most)
+
+    def _is_unknown(self, num_threads: int) -> bool:
+        fit = self._fits.get(num_threads)
+        return fit is None or fit.num_steps < MIN_STEPS
+
+
+class Pacer:
+    """Sizes a worker's steps: asks for cores, cuts what is too long, and learns from what was run. The loops of both roles call it.
+
+    max_step_s: the longest that a step may take, where its size is left to the worker. cores: whom to ask for threads; none: the
+    runner's number stays as it is.
+    """
+
+    def __init__(self, max_step_s: float | None = None) -> None:
+        self.cores: Cores | None = None
+        self._max_step_s = max_step_s
+        self._pace = Pace()
+        self._last_s = 0.0
+
+    def size(self, runner: ModelRunner, load: Load) -> int:
+        """How many tokens of the prompt the next step computes; the runner's threads are set for it."""
+        if self.cores is not None:
+            offered = self.cores.take(self._last_s)
+            runner.num_threads, max_tokens = self._pace.choose(BORROWED_S, self.cores.num_own, offered, load)
+            self.cores.use(runner.num_threads)
+            load = load._replace(most=max_tokens)
+        if self._max_step_s is None:
+            return load.most
+        return self._pace.most_tokens(self._max_step_s, runner.num_threads or 0, load)
+
+    def budget(self, runner: ModelRunner, running: SequenceOf[Sequence], most: int) -> int:
+        """Tokens of a step of all that decode and of a part of the first prompt; at most `most`."""
+        if self.is_idle:
+            return most
+        prompt = next((s for s in running if s.num_uncomputed > 1), None)
+        decoding = [s.num_computed for s in running if s.num_uncomputed == 1]
+        room = 0 if prompt is None else max(0, min(most - len(decoding), prompt.num_uncomputed))
+        load = Load(prompt.num_computed if prompt is not None else 0, room, len(decoding), sum(decoding))
+        max_tokens = self.size(runner, load)
+        return most if max_tokens >= room else len(decoding) + max_tokens
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody asks it for anything: steps are as large as the settings allow, on the runner's threads."""
+        return self.cores is None and self._max_step_s is None
+
+    def learn(self, runner: ModelRunner, stats: StepStats) -> None:
+        if self.is_idle:
+            return
+        self._last_s = stats.seconds
+        self._pace.learn(stats, runner.num_threads or 0)
+
+    def rest(self) -> None:
+        """There is nothing to do: whoever wants this worker's cores may have them."""
+        if self.cores is not None:
+            self.cores.rest()
 
 
 def _terms(num_tokens: int, num_pairs: int, num_decode: int, context: int) -> np.ndarray:

@@ -177,8 +177,8 @@ def turn_table(turn: Tensor) -> Tensor:
 
 
 def rotate_and_write(
-    qkv: Tensor, num_heads: int, num_kv_heads: int, table: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float, kv_layer: Tensor,
-    slots: Tensor,
+    qkv: Tensor, num_heads: int, num_kv_heads: int, table: Tensor, norms: tuple[Tensor, Tensor] | None, eps: float,
+    kv_layer: Tensor, slots: Tensor,
 ) -> None:  # fmt: skip
     """qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: q and k in place, then k and v into the pool."""
     num_rows, head_dim = qkv.shape[0], kv_layer.shape[-1]
@@ -186,8 +186,8 @@ def rotate_and_write(
     weights = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
     _call(
         _state.rotate_and_write, -(-num_rows // piece), 4 * qkv.numel(), 0,
-        qkv.data_ptr(), 4 * qkv.stride(0), table.data_ptr(), slots.data_ptr(), kv_layer.data_ptr(), head_dim, num_heads, num_kv_heads,
-        *weights, _float(eps)[0], piece, num_rows,
+        qkv.data_ptr(), 4 * qkv.stride(0), table.data_ptr(), slots.data_ptr(), kv_layer.data_ptr(), head_dim, num_heads,
+        num_kv_heads, *weights, _float(eps)[0], piece, num_rows,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The CPU kernels of kernels/ops.py in numba, float32: attention on the paged pool as it lies, norms, rotation with KV write.
 
-Compiled functions take one address: of a row of int64, whose places `A_...`, `N_...` name. Each takes pieces of the work by a ticket
-until none is left, so any number of threads may run the same call; `kernels/cpu.py` starts them, and is the only caller. No
+Compiled functions take one address: of a row of int64, whose places `A_...`, `N_...` name. Each takes pieces of the work by a
+ticket until none is left, so any number of threads may run the same call; `kernels/cpu.py` starts them, and is the only caller. No
 bounds are checked here.
 
 Attention is that of FlashAttention (Dao et al. 2022): an online softmax over tiles of keys. A piece is a few queries of one

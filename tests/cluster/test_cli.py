@@ -38,6 +38,7 @@ OTHER = {
     "--quantization": "int4",
     "--chat-template": "t.jinja",
     "--step-log": "steps.jsonl",
+    "--cpu-sharing": "shared",
     "--prefill": "3",
     "--decode": "2",
     "--prefill-tp": "2",

@@ -56,6 +56,8 @@ def test_idle_cores_go_to_the_other_and_come_back(pair: tuple[Lending, Lending],
     assert first.take(0.05) == 2
     second.rest()
     assert first.take(0.05) == 4
+    first.use(1)
+    assert second.take(0.05) == 3, "what was offered and not used is free"
     first.rest()
     assert second.take(0.05) == 4
 

@@ -32,7 +32,7 @@ from configs.tenants import hash_key
 from kvtransfer.link import usable
 from kvtransfer.pool import KVPool
 from models.load import LoadedModel, load_model
-from protocol.errors import WorkerLost
+from protocol.errors import ConfigError, WorkerLost
 from protocol.events import Failed, Finished, Tokens
 from protocol.kv import ShmEndpoint, TcpEndpoint
 from protocol.parallel import Parallel
@@ -163,6 +163,40 @@ async def test_max_num_batched_tokens_caps_the_prefill_step(start):
         assert max(map(sum, steps)) == limit
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_max_num_batched_tokens_auto_holds_the_promise(start, role):
+    """On a model that takes 1 ms a token, by a clock that says so."""
+    auto = ("--max-num-batched-tokens", "auto", "--set", "decode.max_num_batched_tokens=auto", "--no-enable-prefix-caching")
+    pools = ("--prefill", "0") if role == "decode" else ()
+    for limit in (100, 200):
+        async with start(*auto, *pools, "--set", f"scheduler.tpot_target_s={limit / 1000}") as made:
+            runner = workers(made, role)[0].runner
+            now, run = [0.0], runner._compute
+
+            def slow(step, batch, hook, now=now, run=run):
+                now[0] += 0.001 * len(step.token_ids)
+                return run(step, batch, hook)
+
+            runner._clock, runner._compute = lambda now=now: now[0], slow
+            for i in range(4):
+                await several(made, 1 + i, 400, max_tokens=1)
+            steps = steps_of(workers(made, role)[0])
+            await several(made, 5, 410, max_tokens=1)
+        assert 0.7 * limit <= max(map(sum, steps)) <= 1.1 * limit, steps
+
+
+def test_auto_takes_the_strictest_class_of_the_tenants_file(tmp_path):
+    file = tmp_path / "tenants.yaml"
+    file.write_text(
+        "classes:\n  fast: {ttft_s: 9, tpot_s: 0.1}\n  slow: {ttft_s: 9, tpot_s: 7}\ntenants:\n  default: {class: slow}\n"
+    )
+    config = config_of(tmp_path, "--max-num-batched-tokens", "auto", "--tenants", str(file))
+    assert (assembly.max_step_s(config, "prefill"), assembly.max_step_s(config, "decode")) == (0.1, None)
+    assert assembly.max_batched_tokens(config, "prefill") == 2048
+    with pytest.raises(ConfigError, match="enable_chunked_prefill"):
+        config_of(tmp_path, "--set", "decode.max_num_batched_tokens=auto", "--no-enable-chunked-prefill")
+
+
 async def test_max_num_seqs_of_the_prefill_pool(start):
     async with start("--set", "prefill.max_num_seqs=2", "--max-num-batched-tokens", "400") as made:
         steps = steps_of(workers(made, "prefill")[0])
@@ -194,6 +228,33 @@ async def test_threads_of_each_role(start):
     async with start("--set", "prefill.num_threads=3", "--set", "decode.num_threads=2") as made:
         threads = {row["role"]: worker.runner.num_threads for worker, row in zip(made.workers, made.status_rows(), strict=True)}
     assert threads == {"prefill": 3, "decode": 2}
+
+
+def test_cores_are_shared_as_asked(tmp_path, monkeypatch):
+    """What each way gives a worker on four cores: one prefill, one decode."""
+    monkeypatch.setattr(assembly, "_num_cores", lambda: 4)
+    monkeypatch.setattr(assembly, "ledger_path", lambda secret: tmp_path / "cores")
+    for how, threads in (("shared", 4), ("pinned", 2), ("lend", 2)):
+        config = config_of(tmp_path, "--cpu-sharing", how)
+        assert assembly.num_threads(config, "decode") == threads
+        ledger = assembly.open_ledger(config, b"secret")
+        assert (ledger is None) == (how == "shared")
+        cores = assembly.cores_of(config, "decode", ledger, "cpu")
+        assert (cores is not None) == (how == "lend")
+        assert assembly.cores_of(config, "decode", ledger, "cuda") is None
+        if cores is not None:
+            assert (cores.num_own, cores.take(0.1)) == (2, 4)
+        if ledger is not None:
+            ledger.close()
+    asked = config_of(tmp_path, "--set", "decode.num_threads=1")
+    ledger = assembly.open_ledger(asked, b"secret")
+    cores = assembly.cores_of(asked, "decode", ledger, "cpu")
+    assert cores is not None
+    assert cores.take(0.1) == 1, "who names a number gets no other"
+    group = config_of(tmp_path, "--decode-tp", "2")
+    cores = assembly.cores_of(group, "decode", ledger, "cpu")
+    assert cores is not None
+    assert cores.take(0.1) == cores.num_own == 1, "ranks would have to agree"
 
 
 @pytest.mark.parametrize("preset", ["general", "low-latency", "high-throughput"])
