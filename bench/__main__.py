@@ -8,7 +8,7 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import capacity, fairness, fidelity, http, kv, observing, promises, scheduler, serve, simulator, startup
+from bench import capacity, fairness, fidelity, http, kernels, kv, observing, promises, scheduler, serve, simulator, startup
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("startup", startup),
         ("http", http),
         ("kv", kv),
+        ("kernels", kernels),
         ("serve", serve),
         ("observing", observing),
         ("fairness", fairness),
