@@ -23,7 +23,8 @@ from kernels.skinny_linear import skinny_linear
 ROTATED_BYTES = 256 << 20  # of inputs, together: several times any cache
 MAX_SETS = 64
 BLOCK_SIZE = 16
-bf16 = torch.bfloat16
+DEVICE = "cuda"  # tests run the cases, small, on a CPU in Triton's interpreter, which is wrong for bfloat16
+DTYPE = torch.bfloat16
 
 
 class Shape(NamedTuple):
@@ -53,6 +54,27 @@ class Shape(NamedTuple):
 LLAMA_8B = Shape("8B", 4096, 32, 8, 128, 14336, 128256)
 QWEN_06B = Shape("0.6B", 1024, 16, 8, 128, 3072, 151936)
 A3B = Shape("A3B", 2048, 32, 4, 128, 768, 151936)
+
+# (shape, sequences, tokens of each, fp8 pool)
+DECODE = [
+    (LLAMA_8B, 32, 4096, False), (LLAMA_8B, 1, 1024, False), (A3B, 1, 1024, False), (A3B, 1, 4096, False),
+    (LLAMA_8B, 1, 32768, False), (LLAMA_8B, 64, 1024, False), (LLAMA_8B, 256, 1024, False), (QWEN_06B, 256, 1024, False),
+    (LLAMA_8B, 32, 4096, True),
+]  # fmt: skip
+# (shape, sequences, tokens of each chunk, tokens with the context)
+PREFILL = [
+    (LLAMA_8B, 1, 4096, 4096), (LLAMA_8B, 4, 1024, 1024), (LLAMA_8B, 1, 512, 4096), (LLAMA_8B, 1, 16384, 16384),
+    (QWEN_06B, 1, 4096, 4096),
+]  # fmt: skip
+LINEAR = [LLAMA_8B, QWEN_06B]
+LINEAR_ROWS = (1, 8, 64)
+QUANTISED_ROWS = (1, 16, 64)
+ROWS = (64, 4096)
+SAMPLED = QWEN_06B
+SAMPLING = [(1, 0.95), (64, 0.95), (256, 0.95), (256, 1.0)]  # rows, top_p
+EXPERTS = (128, 8, A3B)  # experts, of each token, shape
+EXPERT_ROWS = (1, 16, 64, 8192)
+STEPS = [(LLAMA_8B, 32, (1, 64, 256), 1024), (QWEN_06B, 28, (1, 256), 1024)]  # shape, layers, batches, tokens of each sequence
 
 
 @dataclass
@@ -85,8 +107,8 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def random(*shape: int, dtype: torch.dtype = bf16, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+def random(*shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=DEVICE) * scale).to(dtype or DTYPE)
 
 
 def num_sets(nbytes: float) -> int:
@@ -104,10 +126,10 @@ class _Paged(NamedTuple):
 def _paged(shape: Shape, batch: int, context: int, num_queries: int, fp8: bool) -> _Paged:
     num_blocks = batch * -(-context // BLOCK_SIZE)
     pool = random(num_blocks, 2, shape.kv_heads, BLOCK_SIZE, shape.head_dim)
-    tables = torch.randperm(num_blocks, device="cuda").to(torch.int32).view(batch, -1)
-    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    tables = torch.randperm(num_blocks, device=DEVICE).to(torch.int32).view(batch, -1)
+    lens = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
     q = random(batch * num_queries, shape.heads, shape.head_dim)
-    scales = torch.rand(2, shape.kv_heads, device="cuda") + 0.5 if fp8 else None
+    scales = torch.rand(2, shape.kv_heads, device=DEVICE) + 0.5 if fp8 else None
     return _Paged(q, pool.to(torch.float8_e4m3fn) if fp8 else pool, tables, lens, scales)
 
 
@@ -127,12 +149,7 @@ def _attention_error(got: Tensor, case: _Paged, context: int, num_queries: int, 
 
 
 def decode(sweep: bool) -> Iterator[Case]:
-    wanted = [
-        (LLAMA_8B, 32, 4096, False), (LLAMA_8B, 1, 1024, False), (A3B, 1, 1024, False), (A3B, 1, 4096, False),
-        (LLAMA_8B, 1, 32768, False),
-        (LLAMA_8B, 64, 1024, False), (LLAMA_8B, 256, 1024, False), (QWEN_06B, 256, 1024, False), (LLAMA_8B, 32, 4096, True),
-    ]  # fmt: skip
-    for shape, batch, context, fp8 in wanted:
+    for shape, batch, context, fp8 in DECODE:
         nbytes = batch * context * 2 * shape.kv_heads * shape.head_dim * (1 if fp8 else 2)
         sets = [_paged(shape, batch, context, 1, fp8) for _ in range(num_sets(nbytes))]
         forms: list[dict[str, int]] = [{}]
@@ -168,12 +185,9 @@ def _dense(one: _Paged, batch: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def prefill() -> Iterator[Case]:
-    for shape, batch, chunk, context in (
-        (LLAMA_8B, 1, 4096, 4096), (LLAMA_8B, 4, 1024, 1024), (LLAMA_8B, 1, 512, 4096), (LLAMA_8B, 1, 16384, 16384),
-        (QWEN_06B, 1, 4096, 4096),
-    ):  # fmt: skip
+    for shape, batch, chunk, context in PREFILL:
         one = _paged(shape, batch, context, chunk, False)
-        starts = torch.arange(0, (batch + 1) * chunk, chunk, dtype=torch.int32, device="cuda")
+        starts = torch.arange(0, (batch + 1) * chunk, chunk, dtype=torch.int32, device=DEVICE)
         call = lambda one=one, starts=starts: paged_prefill.paged_prefill_attention(  # noqa: E731
             one.q, one.pool, one.tables, starts, one.lens, one.q.shape[2] ** -0.5
         )
@@ -202,10 +216,10 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
 
 
 def linear() -> Iterator[Case]:
-    for shape in (LLAMA_8B, QWEN_06B):
+    for shape in LINEAR:
         for name, (out, inner) in shape.matrices.items():
             weights = [random(out, inner, scale=inner**-0.5) for _ in range(num_sets(2.0 * out * inner))]
-            for num_rows in (1, 8, 64):
+            for num_rows in LINEAR_ROWS:
                 x = random(num_rows, inner)
                 calls = [lambda w=w, x=x: skinny_linear(x, w) for w in weights]
                 yield Case(
@@ -219,15 +233,15 @@ def linear() -> Iterator[Case]:
 
 
 def quantised() -> Iterator[Case]:
-    out, inner = LLAMA_8B.matrices["gate_up"]
+    out, inner = LINEAR[0].matrices["gate_up"]
     for kind, width in (("int8", 1.0), ("fp8", 1.0), ("int4", 0.5)):
         sets = [quantised_weight(kind, out, inner) for _ in range(num_sets(width * out * inner))]
-        for num_rows in (1, 16, 64):
+        for num_rows in QUANTISED_ROWS:
             x = random(num_rows, inner)
             calls = [lambda made=made, x=x: skinny_linear(x, **made) for made in sets]
             plain = random(out, inner)
             yield Case(
-                f"linear {kind} 8B gate_up {num_rows} rows",
+                f"linear {kind} {LINEAR[0].name} gate_up {num_rows} rows",
                 calls,
                 lambda calls=calls, x=x, sets=sets: relative(
                     calls[0](), x.double() @ reference_linear.dequantized(**sets[0]).t().to(x.device)
@@ -240,17 +254,17 @@ def quantised() -> Iterator[Case]:
 
 def quantised_weight(kind: str, out: int, inner: int, group: int = 128) -> dict[str, Tensor]:
     if kind == "int4":
-        packed = torch.randint(0, 256, (out, inner // 2), dtype=torch.uint8, device="cuda")
-        return {"weight": packed, "scale": torch.rand(out, inner // group, device="cuda") / 64}
-    scale = torch.rand(out, device="cuda") / 64
+        packed = torch.randint(0, 256, (out, inner // 2), dtype=torch.uint8, device=DEVICE)
+        return {"weight": packed, "scale": torch.rand(out, inner // group, device=DEVICE) / 64}
+    scale = torch.rand(out, device=DEVICE) / 64
     if kind == "fp8":
         return {"weight": random(out, inner).to(torch.float8_e4m3fn), "scale": scale}
-    return {"weight": torch.randint(-128, 128, (out, inner), dtype=torch.int8, device="cuda"), "scale": scale}
+    return {"weight": torch.randint(-128, 128, (out, inner), dtype=torch.int8, device=DEVICE), "scale": scale}
 
 
 def rows() -> Iterator[Case]:
-    shape, eps = LLAMA_8B, 1e-5
-    for num_rows in (64, 4096):
+    shape, eps = LINEAR[0], 1e-5
+    for num_rows in ROWS:
         weight = random(shape.hidden)
         sets = [
             (random(num_rows, shape.hidden), random(num_rows, shape.hidden)) for _ in range(num_sets(4.0 * num_rows * shape.hidden))
@@ -280,9 +294,9 @@ def _rotating(shape: Shape, num_rows: int) -> Case:
     """q/k norm, rotation and KV write; in place, so what is timed turns on and on."""
     width = shape.matrices["qkv"][0]
     sets = [random(num_rows, width) for _ in range(num_sets(2.0 * num_rows * width))]
-    pool = torch.zeros(num_rows // BLOCK_SIZE + 1, 2, shape.kv_heads, BLOCK_SIZE, shape.head_dim, dtype=bf16, device="cuda")
-    slots = torch.randperm(num_rows, device="cuda")
-    angles = torch.rand(num_rows, 1, shape.head_dim // 2, device="cuda")
+    pool = torch.zeros(num_rows // BLOCK_SIZE + 1, 2, shape.kv_heads, BLOCK_SIZE, shape.head_dim, dtype=DTYPE, device=DEVICE)
+    slots = torch.randperm(num_rows, device=DEVICE)
+    angles = torch.rand(num_rows, 1, shape.head_dim // 2, device=DEVICE)
     turn, norm = torch.polar(torch.ones_like(angles), angles), random(shape.head_dim)
 
     def error() -> float:
@@ -300,21 +314,19 @@ def _rotating(shape: Shape, num_rows: int) -> Case:
 
 
 def sampling() -> Iterator[Case]:
-    for num_rows, top_p in ((1, 0.95), (64, 0.95), (256, 0.95), (256, 1.0)):
-        sets = [
-            random(num_rows, QWEN_06B.vocab, dtype=torch.float32, scale=3.0)
-            for _ in range(num_sets(4.0 * num_rows * QWEN_06B.vocab))
-        ]
-        full = lambda value, dtype=torch.float32, n=num_rows: torch.full((n,), value, dtype=dtype, device="cuda")  # noqa: E731
-        numbers = torch.arange(num_rows, device="cuda")
+    vocab = SAMPLED.vocab
+    for num_rows, top_p in SAMPLING:
+        sets = [random(num_rows, vocab, dtype=torch.float32, scale=3.0) for _ in range(num_sets(4.0 * num_rows * vocab))]
+        full = lambda value, dtype=torch.float32, n=num_rows: torch.full((n,), value, dtype=dtype, device=DEVICE)  # noqa: E731
+        numbers = torch.arange(num_rows, device=DEVICE)
         inputs = SamplingInputs(
             full(0.7), full(20 if top_p < 1 else 0, torch.int32), full(top_p), full(0.0), numbers, numbers, numbers
         )
         yield Case(
-            f"sampling {num_rows} x {QWEN_06B.vocab}, top_p {top_p}",
+            f"sampling {num_rows} x {vocab}, top_p {top_p}",
             [lambda x=x, inputs=inputs: sample(x, inputs) for x in sets],
             lambda x=sets[0], inputs=inputs: sampling_error(x, inputs),
-            4.0 * num_rows * QWEN_06B.vocab,
+            4.0 * num_rows * vocab,
             tolerance=0.0,
         )
 
@@ -341,15 +353,15 @@ def sampling_error(logits: Tensor, inputs: SamplingInputs) -> float:
 
 
 def experts() -> Iterator[Case]:
-    num, top_k, shape = 128, 8, A3B
+    num, top_k, shape = EXPERTS
     gate_up, down = random(num, 2 * shape.inner, shape.hidden, scale=0.02), random(num, shape.hidden, shape.inner, scale=0.03)
-    for num_rows in (1, 16, 64, 8192):
+    for num_rows in EXPERT_ROWS:
         x, logits = random(num_rows, shape.hidden), random(num_rows, num, dtype=torch.float32)
         distinct = len(grouped.route(logits, top_k, True)[0].unique())
         call = lambda x=x, logits=logits: grouped.mixture(x, logits, gate_up, down, top_k)  # noqa: E731
         some = slice(0, 8)
         yield Case(
-            f"experts A3B {num_rows} rows",
+            f"experts {shape.name} {num_rows} rows",
             [call],
             lambda call=call, x=x, logits=logits, some=some: relative(
                 call()[some], reference_grouped.mixture(x[some], logits[some], gate_up, down, top_k)

@@ -6,19 +6,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.kernel_cases import A3B, BLOCK_SIZE, LLAMA_8B, QWEN_06B, Case, Shape
+from bench import kernel_cases
+from bench.kernel_cases import BLOCK_SIZE, QWEN_06B, Case, Shape
 from engine.decode_graph import DecodeGraph, Row
 from models.config import ModelConfig
 from models.llama import Llama
 
-NUM_LAYERS = {LLAMA_8B.name: 32, QWEN_06B.name: 28, A3B.name: 48}
 
-
-def config_of(shape: Shape) -> ModelConfig:
+def config_of(shape: Shape, num_layers: int) -> ModelConfig:
     return ModelConfig(
         architecture="Qwen3ForCausalLM" if shape is QWEN_06B else "LlamaForCausalLM",
         vocab_size=shape.vocab,
-        num_layers=NUM_LAYERS[shape.name],
+        num_layers=num_layers,
         hidden_size=shape.hidden,
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
@@ -31,25 +30,29 @@ def config_of(shape: Shape) -> ModelConfig:
     )
 
 
-def random_model(shape: Shape) -> Llama:
+def random_model(shape: Shape, num_layers: int) -> Llama:
     """Weights so small that no sum of them overflows."""
-    model = Llama(config_of(shape), torch.bfloat16, torch.device("cuda"))
+    model = Llama(config_of(shape, num_layers), kernel_cases.DTYPE, torch.device(kernel_cases.DEVICE))
     for slot in model.slots().values():
         slot.target.normal_(0.0, 0.02)
     return model
 
 
 def steps() -> Iterator[Case]:
-    for shape, batches in ((LLAMA_8B, (1, 64, 256)), (QWEN_06B, (1, 256))):
-        model = random_model(shape)
-        weights = 2.0 * sum(
-            out * inner * (1 if name == "head" else NUM_LAYERS[shape.name]) for name, (out, inner) in shape.matrices.items()
-        )
+    for shape, layers, batches, context in kernel_cases.STEPS:
+        model = random_model(shape, layers)
+        weights = 2.0 * sum(out * inner * (1 if name == "head" else layers) for name, (out, inner) in shape.matrices.items())
         for batch in batches:
-            context, layers = 1024, NUM_LAYERS[shape.name]
-            blocks_each = context // BLOCK_SIZE + 8  # timed steps go on from 1,024 tokens
+            blocks_each = context // BLOCK_SIZE + 8  # rows may go on
             pool = torch.randn(
-                layers, batch * blocks_each, 2, shape.kv_heads, BLOCK_SIZE, shape.head_dim, device="cuda", dtype=torch.bfloat16
+                layers,
+                batch * blocks_each,
+                2,
+                shape.kv_heads,
+                BLOCK_SIZE,
+                shape.head_dim,
+                device=kernel_cases.DEVICE,
+                dtype=kernel_cases.DTYPE,
             )
             kv_bytes = 2.0 * 2 * batch * context * layers * shape.kv_heads * shape.head_dim
             yield Case(
@@ -57,7 +60,7 @@ def steps() -> Iterator[Case]:
                 _calls(model, pool, batch, context, blocks_each),
                 lambda model=model, pool=pool, batch=batch, blocks=blocks_each: _same_twice(model, pool, batch, blocks),
                 weights + kv_bytes,
-                (weights + kv_bytes) * batch,
+                weights * batch + kv_bytes * shape.heads / shape.kv_heads,
                 tolerance=0.0,
             )
             del pool
@@ -71,14 +74,16 @@ def _graph(model: Llama, pool: torch.Tensor, batch: int, context: int, blocks_ea
 
 
 def _calls(model: Llama, pool: torch.Tensor, batch: int, context: int, blocks_each: int) -> list[Callable[[], object]]:
-    """One step; it is captured by the caller, so this graph's own capture() is not needed. Positions are set back at its end: every
-    replay is the same step."""
+    """One step; it is captured by the caller, so this graph's own capture() is not needed. What it advances is set back at
+    its end, which costs two small kernels: every replay is the same step."""
     graph = _graph(model, pool, batch, context, blocks_each)
+    before = graph.token_ids.clone()
 
     def call() -> object:
         graph._step(batch)
         graph.positions.fill_(context - 1)
-        return graph.tokens
+        graph.token_ids.copy_(before)
+        return graph.tokens.clone()
 
     return [call]
 
