@@ -113,10 +113,12 @@ class LLM:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         device: str = "auto",
+        quantization: str = "auto",
         **keys: Any,
     ) -> None:
         if tensor_parallel_size != 1:
             raise ConfigError("tensor_parallel_size above 1 is not built yet", param="tensor_parallel_size")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # but some 0.1 ms, so that one step's products find them awake
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning idle threads cost more than they save; read when torch loads
         from cluster.local import LocalCluster
         from configs.load import load
@@ -126,6 +128,7 @@ class LLM:
             "model.seed": seed,
             "model.dtype": dtype,
             "model.device": device,
+            "model.quantization": quantization,
             "model.max_len": max_model_len,
             "model.block_size": block_size,
             "model.num_blocks_override": num_gpu_blocks_override,

@@ -40,6 +40,7 @@ class Detokenizer:
         self._ending = set(sampling.stop_token_ids or ())
         if not sampling.ignore_eos:
             self._ending.update(eos_token_ids)
+        self._special = self._ending | skipped  # tokens that may not become text
         self._shows_ending = sampling.include_stop_str_in_output
         self._min_tokens = sampling.min_tokens
         self._num_tokens = 0
@@ -53,6 +54,9 @@ class Detokenizer:
 
     def feed(self, token_ids: Sequence[int]) -> tuple[str, str | None]:
         """(new text, stop string or None). After a stop string nothing more comes, whatever is fed."""
+        if len(token_ids) == 1 and self._stops is None and not self._is_over and token_ids[0] not in self._special:
+            self._num_tokens += 1
+            return self._text.push(token_ids[0]), None
         parts: list[str] = []
         for token in token_ids:
             if self._is_over:
@@ -98,9 +102,16 @@ class PieceDecoder:
         self._pieces = tokenizer.pieces
         self._decoder = codecs.getincrementaldecoder("utf-8")(self._pieces.errors)
         self._to_strip = self._pieces.strip_left if at_start else 0
+        self._is_whole = True  # no part of a glyph is held back
 
     def push(self, token: int) -> str:
-        return self._strip(self._decoder.decode(self._pieces[token]))
+        if self._is_whole and not self._to_strip:
+            text = self._pieces.texts.get(token)
+            if text is not None:
+                return text
+        text = self._decoder.decode(self._pieces[token])
+        self._is_whole = not self._decoder.getstate()[0]
+        return self._strip(text)
 
     def flush(self) -> str:
         return self._strip(self._decoder.decode(b"", True))

@@ -11,6 +11,7 @@ Not a tokenizer: it only reads one. Called by `tokenizer.py` and `detokenize.py`
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 from typing import Any
 
@@ -50,6 +51,7 @@ class Pieces:
         self._replacements: list[tuple[str, str]] = []
         self._has_byte_fallback = False
         self._cache: dict[int, bytes] = {}
+        self.texts: dict[int, str] = {}  # of the tokens asked for so far, those whose bytes are whole glyphs
         self.strip_left = 0
         self.errors = "replace"
         steps = _steps(_part(backend, "decoder"))
@@ -80,6 +82,8 @@ class Pieces:
         piece = self._cache.get(token_id)
         if piece is None:
             piece = self._cache[token_id] = self._make(token_id)
+            with contextlib.suppress(UnicodeDecodeError):
+                self.texts[token_id] = piece.decode()
         return piece
 
     def _make(self, token_id: int) -> bytes:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from api.backend import Backend
+from api.inbox import Inbox
 from protocol.errors import Failure, TandemError, to_failure
 from protocol.events import Event, Failed, Finished
 from protocol.request import Request
@@ -38,8 +39,7 @@ class Relay:
         self._backend = backend
         self._rejudge = rejudge
         self._slow_client_timeout_s = slow_client_timeout_s
-        self._buffer: list[tuple[int, Event]] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._inbox: Inbox[tuple[int, Event]] = Inbox()
         self._room = asyncio.Event()
         self.is_abandoned = False
         self._tasks = [asyncio.create_task(self._drain(i, request)) for i, request in enumerate(requests)]
@@ -47,38 +47,26 @@ class Relay:
     def abandon(self, *_: object) -> None:
         """The client is gone: wakes the reader, which then closes."""
         self.is_abandoned = True
-        self._wake()
+        self._inbox.wake()
 
     async def take(self, timeout: float | None = None) -> list[tuple[int, Event]]:
         """(prompt, event) pairs in order; [] when the timeout passed or the client is gone."""
-        if not self._buffer and not self.is_abandoned:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            timer = loop.call_later(timeout, self._wake) if timeout is not None else None
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-                if timer is not None:
-                    timer.cancel()
-        batch, self._buffer = self._buffer, []
+        if not self.is_abandoned:
+            await self._inbox.wait(timeout)
+        batch = self._inbox.take_all()
         if len(batch) >= MAX_BUFFERED:
             self._room.set()
         return batch
 
     async def close(self) -> None:
         """Ends all work on the request. Returns when every generator is closed."""
+        self._inbox.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
     def _put(self, prompt: int, event: Event) -> None:
-        self._buffer.append((prompt, event))
-        self._wake()
+        self._inbox.put((prompt, event))
 
     async def _drain(self, prompt: int, request: Request) -> None:
         """Exactly one terminal event comes out, whatever the generator does."""
@@ -108,7 +96,7 @@ class Relay:
                     last = event
                 else:
                     self._put(prompt, event)
-                    if len(self._buffer) >= MAX_BUFFERED and not await self._wait_for_room():
+                    if len(self._inbox) >= MAX_BUFFERED and not await self._wait_for_room():
                         log.info("request %s: the client reads too slowly, cut off", request.request_id)
                         self.abandon()
                         return None

@@ -183,15 +183,9 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            batch = self._first
-            while not self._relay.is_abandoned:
-                data = self._encoder.encode(batch) if batch else KEEP_ALIVE
-                if data:
-                    async with asyncio.timeout(self._write_timeout_s):
-                        await send({"type": "http.response.body", "body": data, "more_body": not self._encoder.is_done})
-                if self._encoder.is_done:
-                    break
-                batch = await self._relay.take(self._keep_alive_s)
+            async with asyncio.timeout(None) as limit:
+                with _Patience(self._write_timeout_s, limit) as patience:
+                    await self._write(send, patience)
         except TimeoutError:
             log.info("%r: the client does not read, cut off", scope.get("path"))
             raise
@@ -200,3 +194,49 @@ class EventStream(Response):
         finally:
             self._watcher.cancel()
             await asyncio.shield(self._on_close())
+
+    async def _write(self, send: Send, patience: _Patience) -> None:
+        batch = self._first
+        while not self._relay.is_abandoned:
+            data = self._encoder.encode(batch) if batch else KEEP_ALIVE
+            if data:
+                patience.begin()
+                await send({"type": "http.response.body", "body": data, "more_body": not self._encoder.is_done})
+                patience.end()
+            if self._encoder.is_done:
+                break
+            batch = await self._relay.take(self._keep_alive_s)
+
+
+class _Patience:
+    """A limit to each of many writes. Its timer looks at the clock when it fires, so that a write that ends at once costs nothing:
+    an `asyncio.timeout` for each would set and cancel one for every token."""
+
+    def __init__(self, seconds: float, limit: asyncio.Timeout) -> None:
+        self._seconds = seconds
+        self._limit = limit
+        self._loop = asyncio.get_running_loop()
+        self._since: float | None = None  # when the write under way began
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> _Patience:
+        self._timer = self._loop.call_later(self._seconds, self._look)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def begin(self) -> None:
+        self._since = self._loop.time()
+
+    def end(self) -> None:
+        self._since = None
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        until = (self._since if self._since is not None else now) + self._seconds
+        if now >= until:
+            self._limit.reschedule(now)
+        else:
+            self._timer = self._loop.call_at(until, self._look)

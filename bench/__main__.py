@@ -8,7 +8,25 @@ import platform
 import sys
 from pathlib import Path
 
-from bench import capacity, fairness, fidelity, http, kernels, kv, observing, promises, scheduler, serve, simulator, startup
+from bench import (
+    ablate,
+    capacity,
+    engine,
+    fairness,
+    fidelity,
+    gateway,
+    http,
+    kernels,
+    kv,
+    observing,
+    perplexity,
+    promises,
+    scheduler,
+    serve,
+    simulator,
+    startup,
+    steps,
+)
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
@@ -16,7 +34,11 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
     commands = parser.add_subparsers(dest="name", required=True)
     for name, module in (
         ("startup", startup),
+        ("steps", steps),
         ("http", http),
+        ("gateway", gateway),
+        ("engine", engine),
+        ("ablate", ablate),
         ("kv", kv),
         ("kernels", kernels),
         ("serve", serve),
@@ -26,6 +48,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m bench") -> int:
         ("fidelity", fidelity),
         ("simulator", simulator),
         ("promises", promises),
+        ("perplexity", perplexity),
         ("scheduler", scheduler),
     ):
         assert module.__doc__ is not None

@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve import Application
 
 from cluster.deployments import GatewayReplica, OverflowReplica, WorkerReplica
+from cluster.placement import control_options
 from cluster.sizes import deployment_name
 from cluster.tenants_file import check_tenants
 from configs.check import check
@@ -61,7 +62,7 @@ def application(config: Config, secret: bytes, has_policy: bool = False) -> Appl
         name="Gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=100_000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=control_options(),
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.scheduler.drain_s + GOING_S,
@@ -98,7 +99,7 @@ def _overflow(config: Config, number: int) -> Any:
         name=f"Overflow-{number}",
         num_replicas=1,
         max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=control_options(),
         health_check_period_s=2,
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=config.scheduler.drain_s + GOING_S,

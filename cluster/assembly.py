@@ -7,6 +7,7 @@ in a process of its own) and `local.py` (all in one process). No Ray here.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,21 +18,25 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 import decode.worker
 import prefill.worker
-from cluster.preflight import DEFAULT_BLOCK_SIZE, cpu_kv_bytes, max_model_len, runs_on_cpu
+from cluster.preflight import DEFAULT_BLOCK_SIZE, cpu_kv_bytes, kv_share, max_model_len, runs_on_cpu
 from configs.schema import Config
 from decode.worker import DecodeWorker
 from engine.batch import Chunk
 from engine.blocks import BlockPool
+from engine.cores import Cores, Ledger, Lending, ledger_path, pin_thread, sweep
 from engine.follower import Follower
 from engine.group import Group
 from engine.host_tier import HostTier
 from engine.memory import num_blocks_on_cpu, num_blocks_on_gpu
 from engine.runner import ModelRunner
 from engine.sequence import Sequence
+from engine.speculation.speculator import Speculator
 from engine.step_log import StepLog, path_for
+from engine.swap import Swap
 from kvtransfer.group import Connector, RankTransfers
 from kvtransfer.layout import Place, rank_layout
 from kvtransfer.link import make_receivers, usable
+from kvtransfer.listening import ANY, Ports, bind_of, listen
 from kvtransfer.pool import KVPool
 from kvtransfer.process import boot_id, start_ticks
 from kvtransfer.receiving import GroupReceivers, RankCaller, RankReceivers
@@ -47,8 +52,11 @@ from protocol.network import Clock, Network
 from protocol.rank import RankMessage
 from protocol.request import Request, SamplingParams
 
+log = logging.getLogger(__name__)
+
 WHOLE = Shard()
 GROUP_TIMEOUT_S = 60.0  # the longest that a rank waits for another one, in a step or for one
+MAX_SWAP_NBYTES = 4 << 30  # of host memory for preempted sequences where nobody said how much
 JOIN_TIMEOUT_S = 300.0  # for the slowest rank to come
 _T = TypeVar("_T")
 Compute = Callable[[Callable[[], Any]], Awaitable[Any]]
@@ -63,6 +71,7 @@ class Engine(NamedTuple):
     pool: BlockPool
     runner: ModelRunner
     max_model_len: int
+    tier: HostTier | None = None
 
 
 def load(
@@ -70,7 +79,7 @@ def load(
 ) -> LoadedModel:
     """The model, or one rank's part of it."""
     model = config.model
-    return load_model(model.name, model.dtype, model.device, progress, model.revision or None, shard=shard, ranks=group)
+    return load_model(model.name, model.dtype, model.device, progress, model.revision or None, shard, group, model.quantization)
 
 
 def whole_layout(config: Config, loaded: LoadedModel) -> KVLayout:
@@ -84,9 +93,10 @@ def num_blocks(config: Config, role: str, loaded: LoadedModel) -> int:
         return config.model.num_blocks_override
     own = rank_layout(whole_layout(config, loaded), loaded.shard.parallel, loaded.shard.rank)
     max_len = max_model_len(config, loaded.config)
+    share = kv_share(config, role, own)
     if loaded.device.type == "cuda":
-        return num_blocks_on_gpu(own, config.model.gpu_memory_utilization, max_len, loaded.device)
-    return num_blocks_on_cpu(own, cpu_kv_bytes(config, role), max_len)
+        return int(num_blocks_on_gpu(own, config.model.gpu_memory_utilization, max_len, loaded.device) * share)
+    return num_blocks_on_cpu(own, int(cpu_kv_bytes(config, role) * share), max_len)
 
 
 def build_engine(
@@ -98,21 +108,57 @@ def build_engine(
     runner = ModelRunner(loaded, kv.tensor, layout, num_threads, group=group)
     tier = HostTier(kv, config.model.host_cache_bytes) if config.model.host_cache_bytes else None
     pool = BlockPool(num_blocks, layout.block_size, config.model.enable_prefix_caching, tier)
-    return Engine(loaded, layout, kv, pool, runner, max_model_len(config, loaded.config))
+    return Engine(loaded, layout, kv, pool, runner, max_model_len(config, loaded.config), tier)
+
+
+def _num_cores() -> int:
+    """That this process may use; its first thread is never pinned."""
+    return len(os.sched_getaffinity(os.getpid()))
 
 
 def num_threads(config: Config, role: str) -> int:
-    """CPU threads of one rank: asked for, or its share of this host's cores."""
+    """CPU threads of one rank: asked for, or its share of this host's cores, or all of them where they are shared."""
     asked = config.decode.num_threads if role == "decode" else config.prefill.num_threads
-    return asked or max(1, len(os.sched_getaffinity(0)) // config.num_ranks)
+    cores = _num_cores()
+    return asked or (cores if config.model.cpu_sharing == "shared" else max(1, cores // config.num_ranks))
+
+
+def open_ledger(config: Config, secret: bytes) -> Ledger | None:
+    """This host's, of this cluster; None where cores are not shared by it, or no file for it can be made."""
+    if config.model.cpu_sharing == "shared":
+        return None
+    path = ledger_path(secret)
+    sweep(path.parent, start_ticks)
+    try:
+        return Ledger(path, start_ticks)
+    except OSError as error:
+        log.warning("cores are not lent: the ledger %s cannot be used: %s", path, error)
+        return None
+
+
+def pin(config: Config, role: str, ledger: Ledger) -> None:
+    """Keep the calling thread, the engine's, and what it starts on its worker's own cores."""
+    if config.parallel(role).num_ranks > 1 or not pin_thread(ledger.number, num_threads(config, role)):
+        log.warning("%s is not pinned: only workers of one rank are, and only while there are cores for each", role)
+
+
+def cores_of(config: Config, role: str, ledger: Ledger | None, device: str) -> Cores | None:
+    """What a worker asks before each step. Somebody who says how many threads a role may use wants no others to be used."""
+    asked = config.decode.num_threads if role == "decode" else config.prefill.num_threads
+    if ledger is None or config.model.cpu_sharing != "lend" or device != "cpu":
+        return None
+    num_ranks = config.parallel(role).num_ranks
+    own = num_threads(config, role)
+    cores = _num_cores()
+    return Lending(ledger, own, cores, can_borrow=not asked and num_ranks == 1, num_used=own * num_ranks if num_ranks > 1 else 0)
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
 
 
-def open_store(host: str) -> tuple[TCPStore, int]:
+def open_store(host: str, ports: Ports = ANY) -> tuple[TCPStore, int]:
     """The leader's store, on a socket that we bind: torch's own would listen on every interface. -> store, port."""
-    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener = listen(host, ports)
     port = listener.getsockname()[1]
     store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     return store, port
@@ -131,7 +177,7 @@ def join_group(config: Config, store: Store, group_id: str, shard: Shard) -> Gro
         shard.parallel,
         timeout_s=GROUP_TIMEOUT_S,
         join_timeout_s=JOIN_TIMEOUT_S,
-        hostname=config.transfer.bind_host,
+        hostname=bind_of(config.transfer).host,
         device="cpu" if on_cpu else choose_device(config.model.device),
     )
 
@@ -203,6 +249,7 @@ class Parts(NamedTuple):
     compute: Compute
     verify_compute: Compute
     secret: bytes
+    speculator: Speculator | None = None
 
 
 def place_of(engine: Engine) -> Place:
@@ -210,9 +257,11 @@ def place_of(engine: Engine) -> Place:
 
 
 def rank_receivers(parts: Parts, transports: tuple[str, ...]) -> RankReceivers:
-    kv, host = parts.engine.kv, parts.config.transfer.bind_host
+    kv, (host, ports) = parts.engine.kv, bind_of(parts.config.transfer)
     place = place_of(parts.engine)
-    receivers = make_receivers(kv, usable(transports, kv), parts.secret, host, incarnation=parts.incarnation, place=place)
+    receivers = make_receivers(
+        kv, usable(transports, kv), parts.secret, host, incarnation=parts.incarnation, place=place, ports=ports
+    )
     return RankReceivers(kv, receivers, parts.verify_compute, place)
 
 
@@ -240,11 +289,26 @@ def build_decode(parts: Parts, others: Others, transports: tuple[str, ...]) -> D
         max_num_seqs=config.decode.max_num_seqs,
         max_num_batched_tokens=config.decode.max_num_batched_tokens,
         enable_chunked_prefill=config.decode.enable_chunked_prefill,
+        without=config.decode.without,
     )
     theirs = {rank: (caller, others.endpoints[rank]) for rank, caller in others.callers.items()}
     receivers = GroupReceivers(rank_receivers(parts, transports), theirs)
     assert parts.network is not None
-    return DecodeWorker(settings, engine.runner, engine.pool, receivers, parts.network, parts.clock, parts.compute, parts.secret)
+    swap = make_swap(engine) if config.decode.preemption_mode == "swap" else None
+    return DecodeWorker(
+        settings, engine.runner, engine.pool, receivers, parts.network, parts.clock, parts.compute, parts.secret,
+        speculator=parts.speculator, swap=swap,
+    )  # fmt: skip
+
+
+def make_swap(engine: Engine) -> Swap:
+    """Over the host tier of the prefix cache; where there is none one of the pool's own size, and evicted prefixes go there too."""
+    pool = engine.pool
+    tier = engine.tier or pool.tier
+    if not isinstance(tier, HostTier):
+        tier = HostTier(engine.kv, min(engine.kv.nbytes, MAX_SWAP_NBYTES))
+        pool.tier = tier if pool.enable_prefix_caching else None
+    return Swap(tier, pool)
 
 
 def build_prefill(parts: Parts, others: Others, transports: tuple[str, ...]) -> PrefillWorker:

@@ -8,38 +8,22 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import getpass
 import json
 import os
 import re
 import runpy
-import socket
 import sys
 from collections.abc import Sequence
-from importlib import metadata, util
-from pathlib import Path
+from importlib import metadata
 from typing import Any, NoReturn
 
+from cluster.beforehand import check_nothing_shadows, check_port, url_of
 from configs.flags import ELSEWHERE, FLAGS, Flag
 from configs.load import Resolved, load, presets
 from protocol.errors import ConfigError, TandemError
 from protocol.parallel import Parallel
 
-PACKAGES = (
-    "protocol",
-    "configs",
-    "kernels",
-    "models",
-    "kvtransfer",
-    "engine",
-    "prefill",
-    "decode",
-    "scheduler",
-    "api",
-    "cluster",
-)
-ROOT = Path(__file__).resolve().parents[1]
 MIN_KEY_LEN = 16
 SIMULATED = {
     "simulate": "One trace, two pools, one policy, in virtual time.",
@@ -113,6 +97,12 @@ def build_parser() -> argparse.ArgumentParser:
     deploy = command("deploy", run_deploy, "The same on a Ray cluster that is up already.")
     deploy.add_argument("--print", dest="only_print", action="store_true", help="only print the file that `serve deploy` takes")
     _add_options(deploy)
+    up = command("up", run_up, "A cluster on several machines, by Ray's launcher: checks, starts, deploys.")
+    up.add_argument("file", metavar="FILE", help="a cluster file, such as the repository's configs/ray/on-premises.yaml")
+    up.add_argument("--check", action="store_true", help="only say what is in the way")
+    _add_options(up)
+    down = command("down", run_down, "The end of it: what runs may end, then every machine's Ray stops.")
+    down.add_argument("file", metavar="FILE", help="the cluster file")
     config = command("config", None, "Look at the configuration.")
     config.set_defaults(run=lambda _: _help(config))
     inside = config.add_subparsers(metavar="COMMAND", title="commands")
@@ -151,12 +141,14 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in (("--tp", "tensor ranks"), ("--pp", "pipeline stages")):
         memory.add_argument(name, type=int, default=1, metavar="N", help=f"{text} (default: 1)")
     memory.add_argument("--dtype", help="of weights and KV (default: the checkpoint's)")
+    memory.add_argument("--quantization", default="auto", help="int8 or int4 weights, as tandem serve rounds them (default: auto)")
     memory.add_argument("--max-model-len", type=int, metavar="TOKENS", help="of a full sequence (default: what the model allows)")
     memory.add_argument("--context", type=int, metavar="TOKENS", help="of a sequence as you expect them")
     memory.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="(default: 0.9)")
     memory.add_argument("--json", action="store_true", help="as JSON")
     doctor = command("doctor", run_doctor, "What this machine has, lacks, and what to do about it.")
     doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor.add_argument("--cluster", action="store_true", help="of a Ray cluster: can every host reach every other?")
     _add_options(doctor)
     for name, text in SIMULATED.items():
         command(name, None, text)  # parsed where it is run, see main
@@ -275,6 +267,20 @@ def run_deploy(args: argparse.Namespace) -> int:
     return run(resolved, args.only_print)
 
 
+def run_up(args: argparse.Namespace) -> int:
+    check_nothing_shadows()
+    from cluster.up import PLACEHOLDER, up
+
+    # The key is made on the way, and stands in no document: here it only says that there will be one.
+    return up(args.file, resolve(args, {"TANDEM_GATEWAY_API_KEY": PLACEHOLDER, **os.environ}), args.check)
+
+
+def run_down(args: argparse.Namespace) -> int:
+    from cluster.up import down
+
+    return down(args.file)
+
+
 def run_config_show(args: argparse.Namespace) -> int:
     resolved = resolve(args)
     if args.json:
@@ -381,14 +387,20 @@ def run_memory(args: argparse.Namespace) -> int:
         args.gpu_memory_utilization,
         args.max_model_len,
         args.context,
+        args.quantization,
     )
     return memory.show(asked, args.json)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
+    config = resolve(args).config
+    if args.cluster:
+        from cluster.doctor_cluster import examine as examine_cluster
+
+        return examine_cluster(config, args.json)
     from cluster.doctor import examine
 
-    return examine(resolve(args).config, args.json)
+    return examine(config, args.json)
 
 
 def run_bench(words: list[str]) -> int:
@@ -412,74 +424,3 @@ def run_version(args: argparse.Namespace) -> int:
             print(f"{name:<13} not installed")
     print(f"{'python':<13} {sys.version.split()[0]}")
     return 0
-
-
-# ---- checks before anything is started -------------------------------------------------------------------------------
-
-
-def url_of(host: str, port: int) -> str:
-    """Where a client on this machine reaches what listens on `host`."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def check_nothing_shadows() -> None:
-    """Our top-level packages have everyday names; another `api` or `models` earlier on the path would be imported instead.
-
-    Raises ConfigError that names both folders. Finding is not importing: nothing foreign runs.
-    """
-    for name in PACKAGES:
-        spec = util.find_spec(name)
-        places = list(spec.submodule_search_locations or ()) if spec else []
-        if not places and spec is not None and spec.origin:
-            places = [spec.origin]
-        if not any(Path(place).resolve() == ROOT / name for place in places):
-            found = places[0] if places else "nothing"
-            raise ConfigError(
-                f"`{name}` would be imported from {found} instead of {ROOT / name}; start the `tandem` script from another "
-                "directory, or take that folder off PYTHONPATH",
-                param="PYTHONPATH",
-            )
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError when `host:port` cannot be listened on, with who may hold it and a port that is free."""
-    problem = listen_problem(host, port)
-    if problem is None:
-        return
-    if problem.errno == errno.EADDRINUSE:
-        free = next((p for p in range(port + 1, min(port + 200, 65536)) if listen_problem(host, p) is None), None)
-        another = f"--port {free}" if free else "another --port"
-        raise ConfigError(f"port {port} on {host} is taken{holder(port)}; stop that, or use {another}", param="gateway.port")
-    if problem.errno == errno.EACCES:
-        raise ConfigError(f"port {port} needs privileges that this user has not; use --port 8000", param="gateway.port")
-    raise ConfigError(f"cannot listen on {host}: {problem.strerror or problem}; see --host", param="gateway.host")
-
-
-def listen_problem(host: str, port: int) -> OSError | None:
-    """What the kernel says to listening there; None when it would be fine."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, proto, _, address = found[0]
-        with socket.socket(family, kind, proto) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection's last minute does not count
-            probe.bind(address)
-            probe.listen(1)
-    except OSError as error:
-        return error
-    return None
-
-
-def holder(port: int) -> str:
-    """` by NAME (process PID)` of who listens on it, as far as this user may see; else a hint."""
-    import psutil
-
-    try:
-        for connection in psutil.net_connections("tcp"):
-            address = connection.laddr
-            if connection.status == psutil.CONN_LISTEN and address and address.port == port and connection.pid:
-                command = " ".join(psutil.Process(connection.pid).cmdline())[:80]
-                return f" by process {connection.pid} ({command})"
-    except (psutil.Error, OSError):
-        pass
-    return f" by a process of another user (`ss -ltnp sport = :{port}` as root names it)"

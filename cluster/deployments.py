@@ -17,11 +17,13 @@ from ray import serve
 from cluster.agent import new_gateway_id
 from cluster.group import config_here
 from cluster.life import WorkerLife, tell_failure
+from cluster.placement import control_options
 from cluster.ray_process import begin, keep_serve_inside, on_sigterm
 from cluster.ray_ranks import RaySpawn
 from cluster.sizes import SCHEDULER
 from cluster.wire import SocketNetwork
 from configs.schema import Config
+from kvtransfer.listening import bind_of
 from protocol.errors import WorkerLost
 
 log = logging.getLogger(__name__)
@@ -56,11 +58,15 @@ class SchedulerActor:
         async with self._lock:
             if self._network is None:
                 self._sizes = Sizes(self._config)
-                network = SocketNetwork("scheduler", self._secret, self._config.transfer.bind_host)
+                network = SocketNetwork("scheduler", self._secret, *bind_of(self._config.transfer))
                 clock = time.monotonic  # uvloop rounds its own clock to milliseconds
                 path = self._config.scheduler.tenants_file
                 names = ",".join(one.served_name for one in self._config.each())  # its series are of all models together
-                scheduler = Scheduler(self._config.scheduler, enable_prefix_caching=self._config.model.enable_prefix_caching)
+                scheduler = Scheduler(
+                    self._config.scheduler,
+                    enable_prefix_caching=self._config.model.enable_prefix_caching,
+                    admission=self._config.scheduler.admission,
+                )
                 self._service = SchedulerService(
                     scheduler,
                     network,
@@ -96,7 +102,7 @@ def scheduler_actor(config_json: bytes, secret: bytes, **more: Any) -> Any:
         "get_if_exists": True,
         "max_restarts": -1,
         "max_task_retries": -1,
-        "num_cpus": 0,
+        **control_options(),
         "max_concurrency": 1000,
         **more,
     }
@@ -137,10 +143,10 @@ class WorkerReplica:
         index = await _worker_index(role, config, config_json, secret)
         name = f"{config.prefix}{role}:{index}"
         begin(name)
-        keep_serve_inside(config.transfer.bind_host)
+        keep_serve_inside()
 
         def renew() -> tuple[SocketNetwork, SchedulerFinder]:
-            network = SocketNetwork(name, secret, config.transfer.bind_host)
+            network = SocketNetwork(name, secret, *bind_of(config.transfer))
             return network, SchedulerFinder(config_json, secret, network)
 
         network, find = renew()
@@ -172,8 +178,8 @@ class OverflowReplica:
         config = config_here(config_json)
         name = f"overflow:{number}"
         begin(name)
-        keep_serve_inside(config.transfer.bind_host)
-        network = SocketNetwork(name, secret, config.transfer.bind_host)
+        keep_serve_inside()
+        network = SocketNetwork(name, secret, *bind_of(config.transfer))
         find = SchedulerFinder(config_json, secret, network)
         try:
             self._life = OverflowLife(config, number, secret, network, find)
@@ -228,9 +234,9 @@ class GatewayReplica:
         config = config_here(config_json)
         index = _replica_index()
         begin(f"gateway:{index}")
-        keep_serve_inside(config.transfer.bind_host)
+        keep_serve_inside()
         gateway_id = new_gateway_id(index)
-        network = SocketNetwork(gateway_id, secret, config.transfer.bind_host)
+        network = SocketNetwork(gateway_id, secret, *bind_of(config.transfer))
         find = SchedulerFinder(config_json, secret, network)
         try:
             self._door = Door(config, network, find, gateway_id, secret, _observers(config), proxy_names_requests=True)

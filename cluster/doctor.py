@@ -38,7 +38,11 @@ class Finding(NamedTuple):
 
 def examine(config: Config, as_json: bool = False) -> int:
     """Print one line per finding. 0 unless something that is needed is missing."""
-    found = findings(config)
+    return report(findings(config), as_json)
+
+
+def report(found: list[Finding], as_json: bool) -> int:
+    """Prints them. -> the exit status."""
     if as_json:
         print(json.dumps([finding._asdict() for finding in found], indent=2))
     else:
@@ -305,7 +309,7 @@ def _read(path: str) -> str | None:
 
 
 def network(config: Config) -> list[Finding]:
-    from cluster.cli import holder, listen_problem
+    from cluster.beforehand import holder, listen_problem
 
     out = []
     try:

@@ -55,6 +55,7 @@ from protocol.messages import (
     Reserve,
     TenantsVersion,
     TokenFrame,
+    TokenUpdate,
     Withdraw,
 )
 from protocol.network import Clock, Network, Peer
@@ -270,28 +271,43 @@ class Gateway:
         assert isinstance(answer, Ok)
 
     async def _receive(self, walk: Walk) -> list[Event]:
-        """Wait for the next frame of this request and turn it into events. Raises what ended the attempt."""
+        """Wait for news of this request and turn all there is into events. Raises what ended the attempt."""
+        if not walk.inbox:
+            await self._wait(walk)
+        events: list[Event] = []
+        while walk.inbox and not walk.is_complete:
+            item = walk.inbox.take()
+            if isinstance(item, TokenUpdate):
+                events += self._absorb(walk, item)
+            elif walk.is_moot(item):
+                continue
+            elif events:  # they come first; what went wrong is looked at next time
+                walk.inbox.give_back(item)
+                break
+            elif isinstance(item, PeerLost):
+                raise WorkerLost(f"the {item.role} worker of {walk.request.request_id} is gone")
+            else:
+                raise from_failure(item.failure)
+        return events
+
+    async def _wait(self, walk: Walk) -> None:
+        """Until something has come. Raises when that takes too long."""
         timeout = self.limits.token_timeout_s if walk.attempt.has_tokens else self.limits.prefill_timeout_s
-        if walk.gap_at is not None:  # tokens that come cannot be delivered, so they are no sign that all is well
-            timeout = max(0.0, walk.gap_at + self.limits.token_timeout_s - self._clock())
+        gap_at = walk.gap_at
+        if gap_at is not None:  # tokens that come cannot be delivered, so they are no sign that all is well
+            timeout = max(0.0, gap_at + self.limits.token_timeout_s - self._clock())
         seconds_left = self._seconds_left(walk)
-        try:
-            async with asyncio.timeout(min(timeout, seconds_left)):
-                item = await walk.inbox.get()
-        except TimeoutError:
-            if seconds_left <= timeout:
-                raise self._out_of_time() from None
-            if walk.gap_at is not None:
-                raise WorkerLost(f"a token of {walk.request.request_id} is missing, and later ones came") from None
-            raise WorkerLost(f"no token of {walk.request.request_id} for {timeout:.0f} s") from None
-        if walk.is_moot(item):
-            return []
-        if isinstance(item, PeerLost):
-            raise WorkerLost(f"the {item.role} worker of {walk.request.request_id} is gone")
-        if isinstance(item, RequestFailed):
-            raise from_failure(item.failure)
+        if await walk.inbox.wait(min(timeout, seconds_left)):
+            return
+        if seconds_left <= timeout:
+            raise self._out_of_time()
+        if gap_at is not None:
+            raise WorkerLost(f"a token of {walk.request.request_id} is missing, and later ones came")
+        raise WorkerLost(f"no token of {walk.request.request_id} for {timeout:.0f} s")
+
+    def _absorb(self, walk: Walk, update: TokenUpdate) -> list[Event]:
         before = walk.first_token_at
-        events = walk.absorb(item, self._clock())
+        events = walk.absorb(update, self._clock())
         if before is None and walk.first_token_at is not None:
             self._tell_scheduler(Progress(walk.request.request_id, walk.epoch, walk.first_token_at - walk.placed_at))
         for choice in walk.newly_stopped():
@@ -318,6 +334,7 @@ class Gateway:
     def _leave(self, walk: Walk, failure: TandemError | None) -> None:
         """However the walk ended: nothing of it goes on anywhere, and the scheduler's ledger hears of it once."""
         request = walk.request
+        walk.inbox.close()
         del self._walks[request.request_id]
         if walk.phase is Phase.QUEUED:
             self._tell_scheduler(Withdraw(request.request_id))
@@ -349,12 +366,12 @@ class Gateway:
             for update in message.updates:
                 walk = self._walks.get(update.request_id)
                 if walk is not None and update.epoch == walk.epoch:
-                    walk.inbox.put_nowait(update)
+                    walk.inbox.put(update)
             return None
         if isinstance(message, RequestFailed):
             walk = self._walks.get(message.request_id)
             if walk is not None and message.epoch == walk.epoch:
-                walk.inbox.put_nowait(message)
+                walk.inbox.put(message)
             return None
         raise TandemError(f"a gateway does not take {type(message).__name__}")
 

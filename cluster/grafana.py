@@ -89,6 +89,26 @@ SLA: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                   ((_rate("tandem_tokens_total", "tenant, class, kind", OF_TENANT), f"{_WHO} {{{{kind}}}}"),)),
         ),
     ),
+    (
+        "Tenants",
+        (
+            Panel("First token in time", "Share of each tenant's requests whose first token kept the promise.", "percentunit",
+                  ((f"{_rate('tandem_slo_ttft_kept_total', 'tenant', OF_TENANT)} "
+                    f"/ ({_rate('tandem_slo_requests_total', 'tenant', OF_TENANT)} > 0)", "{{tenant}}"),)),
+            Panel("Refused by tenant and reason", "Of what the tenant sent; the reason is x-tandem-refusal's.", "reqps",
+                  ((f"{_rate('tandem_refusals_total', 'tenant, reason', OF_TENANT)} > 0", "{{tenant}} {{reason}}"),),
+                  needs="refusals"),
+            Panel("Tokens by tenant", "Input, what of it was cached, and output.", "none",
+                  ((_rate("tandem_tokens_total", "tenant, kind", OF_TENANT), "{{tenant}} {{kind}}"),)),
+            Panel("Buckets", "What is left of each tenant's limits; below 0 its requests wait.", "none",
+                  ((f'tandem_tenant_bucket_level{{{OF_MODEL}, tenant=~"$tenant"}}', "{{tenant}} {{bucket}}"),),
+                  needs="a tenants file with limits"),
+            Panel("Served, by weight", "(Tokens in + 2 x tokens out) / weight, a second: equal where all wait.", "none",
+                  ((f'sum by (tenant) (deriv(tandem_tenant_service{{{OF_MODEL}, tenant=~"$tenant"}}{RATE}))', "{{tenant}}"),)),
+            Panel("Served with less", "Requests that were degraded instead of refused.", "reqps",
+                  ((_rate("tandem_degraded_total", "tenant, class", OF_TENANT), _WHO),)),
+        ),
+    ),
 )  # fmt: skip
 
 _ENGINE = "{{engine}}"

@@ -30,6 +30,7 @@ import msgspec
 
 from cluster.wire import Codec, Pulse, SocketNetwork
 from configs.schema import Config
+from kvtransfer.listening import Bind
 from kvtransfer.process import Process, observe
 from protocol import rank as rank_messages
 from protocol.errors import ModelError, TandemError, WorkerLost, from_failure
@@ -123,7 +124,7 @@ class Leader:
         name: str,
         parallel: Parallel,
         secret: bytes,
-        bind_host: str,
+        bind: Bind,
         spawn: Spawn,
         on_broken: Callable[[str], None],
         on_leave: Callable[[], None] = lambda: None,
@@ -134,7 +135,7 @@ class Leader:
         self._spawn = spawn
         self._on_broken = on_broken
         self._on_leave = on_leave
-        self._network = SocketNetwork(f"{name}/0", secret, bind_host, codec=RANKS, pulse=SLOW_PULSE)
+        self._network = SocketNetwork(f"{name}/0", secret, bind.host, codec=RANKS, pulse=SLOW_PULSE, ports=bind.ports)
         self._members = {rank: _Member(rank) for rank in range(1, parallel.num_ranks)}
         self._watching: list[asyncio.Task[None]] = []
         self._setup: asyncio.Future[RankSetup] = asyncio.get_running_loop().create_future()

@@ -21,6 +21,7 @@ from cluster.agent import Agent, new_incarnation, tell_phase
 from cluster.group import LOST_RANK, Leader, Spawn
 from cluster.orders import Order, OrderedNetwork
 from configs.schema import Config
+from kvtransfer.listening import bind_of
 from kvtransfer.process import boot_id, start_ticks
 from protocol.errors import Draining, GroupBroken, TandemError, TransferFailed, Unsupported
 from protocol.kv import ProcessRef
@@ -30,6 +31,7 @@ from protocol.rank import RankLoaded, RankSetup
 
 if TYPE_CHECKING:
     from cluster.assembly import Engine
+    from engine.cores import Ledger
     from models.interface import Shard
 
 log = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ class WorkerLife:
         self._engine_thread = ThreadPoolExecutor(1, "engine")
         self._verify_thread = ThreadPoolExecutor(1, "verify")
         self._engine: Engine
+        self._ledger: Ledger | None = None
         self._agent: Agent | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._draining: asyncio.Task[None] | None = None
@@ -84,7 +87,7 @@ class WorkerLife:
         self._leader: Leader | None = None
         if self._parallel.num_ranks > 1:
             assert spawn is not None, f"{self.name} is {self._parallel} and nobody says how ranks are started"
-            self._leader = Leader(self.name, self._parallel, secret, config.transfer.bind_host, spawn, end_at_once, self.leave)
+            self._leader = Leader(self.name, self._parallel, secret, bind_of(config.transfer), spawn, end_at_once, self.leave)
 
     @property
     def is_over(self) -> bool:
@@ -109,6 +112,9 @@ class WorkerLife:
         if self._leader is not None:
             await self._leader.start()
         assembly = await self._loop.run_in_executor(self._engine_thread, import_engine)
+        self._ledger = assembly.open_ledger(config, self._secret)
+        if self._ledger is not None and config.model.cpu_sharing == "pinned":
+            await self._in_engine_thread(lambda: assembly.pin(config, self._role, self._ledger))
         await self._tell("loading", config.model.name)
         others = assembly.NO_OTHERS
         if self._leader is None:
@@ -121,11 +127,15 @@ class WorkerLife:
     async def _serve(self, assembly: Any, others: Any) -> None:
         """Build the worker of this role around the engine, and make it part of the cluster."""
         config = self._config
+        speculator = await self._in_engine_thread(lambda: _make_speculator(config, self._role, self._engine))
         computes = (self._in_engine_thread, self._in_verify_thread)
-        parts = assembly.Parts(config, self._engine, self.incarnation, self._network, time.monotonic, *computes, self._secret)
+        parts = assembly.Parts(
+            config, self._engine, self.incarnation, self._network, time.monotonic, *computes, self._secret, speculator
+        )
         self.worker = assembly.build_worker(self._role, parts, others, assembly.transports_of(config))
         if self._leader is not None and self._role == "prefill":
             self._leader.on_landed = self.worker.handover.rank_landed
+        self.worker.cores = assembly.cores_of(config, self._role, self._ledger, self._engine.loaded.device.type)
         self.worker.step_log = assembly.open_step_log(config, self.name, self.incarnation)
         await self.worker.start()
         canary = assembly.canary(self._engine, self.worker, self._in_engine_thread, time.monotonic)
@@ -148,8 +158,8 @@ class WorkerLife:
     async def _load_as_leader(self, assembly: Any, leader: Leader) -> tuple[Engine, Any]:
         """Our part of it, while the others load theirs."""
         config, role, parallel = self._config, self._role, self._parallel
-        host = config.transfer.bind_host
-        store, port = await self._in_engine_thread(lambda: assembly.open_store(host))
+        host, ports = bind_of(config.transfer)
+        store, port = await self._in_engine_thread(lambda: assembly.open_store(host, ports))
         config_json = msgspec.json.encode(config)
         transports = assembly.transports_of(config)
         leader.set_up(RankSetup(config_json, role, self.incarnation, parallel, host, port, transports, this_process()))
@@ -308,6 +318,8 @@ class WorkerLife:
         if self._leader is not None:
             await self._leader.close(stop=self._in_engine_thread(self._engine.runner.stop))
         await self._network.close()
+        if self._ledger is not None:
+            self._ledger.close()
 
 
 async def tell_failure(network: Network, find: FindScheduler, name: str, role: str, incarnation: str, error: Exception) -> None:
@@ -332,17 +344,26 @@ def end_at_once(sentence: str) -> NoReturn:
 def import_engine() -> Any:
     """torch is imported here, off the event loop: seconds that a heartbeat must not wait for."""
     # Idle OpenMP threads that spin starve the other role on a shared core; libgomp reads this when torch loads it.
+    # But between two products of one step, a few microseconds apart, waking a thread takes longer than the product itself.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from cluster import assembly
 
     return assembly
+
+
+def _make_speculator(config: Config, role: str, engine: Engine) -> Any:
+    from cluster.speculation import make_speculator
+
+    return make_speculator(config, role, engine)
 
 
 def _describe(engine: Engine) -> str:
     loaded = engine.loaded
     read = loaded.progress
     speed = f"; {read.bytes_total / 1e9:.2f} GB at {read.gb_per_s:.1f} GB/s" if read.bytes_total else ""
-    return f"{loaded.config.architecture} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}{speed}"
+    weights = f", {loaded.quantization} weights" if loaded.quantization.is_any else ""
+    return f"{loaded.config.architecture} on {loaded.device}, {str(loaded.dtype).removeprefix('torch.')}{weights}{speed}"
 
 
 def _pool(engine: Engine) -> str:

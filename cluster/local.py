@@ -26,6 +26,7 @@ from cluster.loopback import Hub
 from cluster.metrics import ClusterMetrics
 from cluster.preflight import max_model_len
 from cluster.scheduler_service import SchedulerService
+from cluster.speculation import make_speculator
 from cluster.tenants_file import TenantsFile, reserved_keys
 from configs.schema import Config
 from decode.worker import DecodeWorker
@@ -112,7 +113,8 @@ class LocalCluster:
             threads = self.config.decode.num_threads if role == "decode" else self.config.prefill.num_threads
             num_blocks = assembly.num_blocks(self.config, role, self.loaded)
             engine = assembly.build_engine(self.config, self.loaded, num_blocks, threads or None)
-        parts = assembly.Parts(self.config, engine, incarnation, network, clock, compute, compute, self._secret)
+        speculator = make_speculator(self.config, role, engine)
+        parts = assembly.Parts(self.config, engine, incarnation, network, clock, compute, compute, self._secret, speculator)
         worker = assembly.build_worker(role, parts, others, self.transports)
         if group is not None and isinstance(worker, PrefillWorker):
             group.tell = worker.handover.rank_landed
@@ -138,7 +140,11 @@ class LocalCluster:
     async def _start_scheduler(self) -> None:
         network = self._hub.network("scheduler")
         metrics = ClusterMetrics(self.config.served_name, promises_of(self.config.scheduler))
-        scheduler = Scheduler(self.config.scheduler, enable_prefix_caching=self.config.model.enable_prefix_caching)
+        scheduler = Scheduler(
+            self.config.scheduler,
+            enable_prefix_caching=self.config.model.enable_prefix_caching,
+            admission=self.config.scheduler.admission,
+        )
         path = self.config.scheduler.tenants_file
         file = TenantsFile(path, reserved_keys(self.config)) if path is not None else None
         self.service = SchedulerService(scheduler, network, asyncio.get_running_loop().time, metrics, file)

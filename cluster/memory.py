@@ -16,7 +16,8 @@ import msgspec
 from configs.load import num_bytes
 from models.config import ModelConfig, read_config
 from models.locate import BUILT_IN
-from models.sizes import kv_nbytes_per_token, num_params
+from models.quantization import choose
+from models.sizes import kv_nbytes_per_token, num_params, weight_nbytes
 from protocol.errors import ConfigError
 from protocol.kv import DTYPE_NBYTES
 from protocol.parallel import Parallel
@@ -45,6 +46,7 @@ class Fit(msgspec.Struct, frozen=True):
     tp: int
     pp: int
     dtype: str
+    quantization: str
     num_params: int
     weight_bytes: int  # of the whole model
     rank_weight_bytes: int
@@ -69,6 +71,7 @@ class Asked(NamedTuple):
     utilization: float
     max_len: int | None
     context: int | None
+    quantization: str = "auto"
 
 
 def fit(asked: Asked) -> Fit:
@@ -80,7 +83,8 @@ def fit(asked: Asked) -> Fit:
     nbytes, ranks = DTYPE_NBYTES[dtype], range(asked.parallel.num_ranks)
     if config.family == "toy":
         raise ConfigError("the toy model has no weights; name another", param="MODEL")
-    weights = [num_params(config, asked.parallel, rank) * nbytes for rank in ranks]
+    held = choose(asked.quantization, config)
+    weights = [weight_nbytes(config, asked.parallel, rank, nbytes, held) for rank in ranks]
     per_token = [kv_nbytes_per_token(config, asked.parallel, rank, nbytes) for rank in ranks]
     max_len = min(asked.max_len or config.max_position_embeddings, config.max_position_embeddings)
     told = Fit(
@@ -88,8 +92,9 @@ def fit(asked: Asked) -> Fit:
         tp=asked.parallel.tp_size,
         pp=asked.parallel.pp_size,
         dtype=dtype,
+        quantization=str(held),
         num_params=num_params(config, Parallel(), 0),
-        weight_bytes=num_params(config, Parallel(), 0) * nbytes,
+        weight_bytes=weight_nbytes(config, Parallel(), 0, nbytes, held),
         rank_weight_bytes=max(weights),
         kv_bytes_per_token=kv_nbytes_per_token(config, Parallel(), 0, nbytes),
         rank_kv_bytes_per_token=max(per_token),
@@ -125,7 +130,8 @@ def show(asked: Asked, as_json: bool) -> int:
     is_group = told.tp * told.pp > 1
     ranks = f" on {told.tp} x {told.pp} (tp x pp) ranks" if is_group else ""
     full = _size(told.kv_bytes_per_token * told.max_model_len)
-    print(f"{told.model}{ranks}, {told.dtype}, up to {told.max_model_len:,} tokens")
+    held = "" if told.quantization == "none" else f", {told.quantization} weights"
+    print(f"{told.model}{ranks}, {told.dtype}{held}, up to {told.max_model_len:,} tokens")
     print(f"  weights    {_size(told.weight_bytes)}, {told.num_params:,} parameters")
     print(f"  KV         {told.kv_bytes_per_token:,} bytes a token, {full} for a full sequence")
     if is_group:

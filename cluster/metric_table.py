@@ -159,6 +159,22 @@ WORKER_SERIES = (
     Series("tandem_worker_step_seconds", "Seconds spent in engine steps.", "step_s", "counter"),
     Series("tandem_worker_prompt_tokens", "Prompt tokens computed.", "prompt_tokens", "counter"),
     Series("tandem_worker_generation_tokens", "Tokens sampled.", "generation_tokens", "counter"),
+    Series("vllm:spec_decode_num_drafts", "Drafts of speculation that were verified.", "num_drafts", "counter", "decode"),
+    Series("vllm:spec_decode_num_draft_tokens", "Tokens of those drafts.", "draft_tokens", "counter", "decode"),
+    Series("vllm:spec_decode_num_accepted_tokens", "Those that were right.", "accepted_tokens", "counter", "decode"),
+    Series(
+        "tandem_worker_decode_slots", "Decoding sequences of each step, summed over steps.", "decode_slots", "counter", "decode"
+    ),
+    Series(
+        "tandem_worker_unused_kv_slots",
+        "Room for tokens in the KV blocks of a decode worker's running sequences that holds none.",
+        "num_unused_slots",
+        "gauge",
+    ),
+    Series(
+        "tandem_swapped_out_blocks", "KV blocks of preempted sequences copied to host memory.", "swapped_out", "counter", "decode"
+    ),
+    Series("tandem_swapped_in_blocks", "Those that came back.", "swapped_in", "counter", "decode"),
     Series("tandem_kv_transfers", "KV transfers: by prefill handed over, by decode verified.", "transfers", "counter"),
     Series("tandem_kv_transfer_bytes", "Bytes of KV in those transfers.", "transfer_bytes", "counter"),
     Series(

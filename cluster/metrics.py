@@ -34,7 +34,7 @@ from cluster.tenant_metrics import tenant_series
 from configs.tenants import Tenants
 from protocol.messages import Outcome, PairStats
 from protocol.timeline import Trace, count_gaps, worker_name
-from scheduler.sla import MAX_TENANTS, OTHER, Names, Promise, is_kept
+from scheduler.sla import MAX_TENANTS, OTHER, Names, Promise, is_kept, keeps_ttft
 
 Labels = tuple[str, ...]
 Rows = Iterable[tuple[Labels, float]]
@@ -118,7 +118,7 @@ class ClusterMetrics:
             self._seed_tenant(key)
 
     def _seed_tenant(self, key: tuple[str, str]) -> None:
-        for name in ("tandem_slo_requests", "tandem_slo_kept", "tandem_degraded"):
+        for name in ("tandem_slo_requests", "tandem_slo_kept", "tandem_slo_ttft_kept", "tandem_degraded"):
             self._counters[name, key] += 0
         for name, words in (
             ("tandem_requests", OUTCOMES),
@@ -151,6 +151,7 @@ class ClusterMetrics:
             promise = self._promises.get(key[1]) or next(iter(self._promises.values()))
             count["tandem_slo_requests", key] += 1
             count["tandem_slo_kept", key] += is_kept(outcome, promise)
+            count["tandem_slo_ttft_kept", key] += keeps_ttft(outcome, promise)
         if outcome.degraded:
             count["tandem_degraded", self._key(outcome.tenant, outcome.asked_class or outcome.slo_class)] += 1
         if kind == "finished":
@@ -228,6 +229,7 @@ class ClusterMetrics:
             ("tandem_tokens", "Tokens of requests that ended after their first one; cached are among input.", (*of_tenant, "kind")),
             ("tandem_slo_requests", "Requests that count for the promise: finished or failed.", of_tenant),
             ("tandem_slo_kept", "Those of them that kept it.", of_tenant),
+            ("tandem_slo_ttft_kept", "Those of them whose first token came in time, whatever became of the others.", of_tenant),
             ("tandem_degraded", "Requests of this class that were served with less than they asked for.", of_tenant),
         ):
             rows = [(values, number) for (of, values), number in self._counters.items() if of == name]

@@ -18,6 +18,7 @@ from kvtransfer.layout import rank_layout
 from models.checkpoint import read_header, weight_files
 from models.config import ModelConfig, read_config
 from models.locate import BUILT_IN, locate
+from models.quantization import check_parts, choose
 from models.split import check as check_split
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
@@ -25,6 +26,7 @@ from protocol.kv import KVLayout
 CPU_KV_SHARE = 0.2  # of the memory that is available at start, for all workers of this host together
 MIN_CPU_KV_BYTES, MAX_CPU_KV_BYTES = 256 << 20, 8 << 30
 DEFAULT_BLOCK_SIZE = {"cpu": 32, "cuda": 16}  # tokens
+MAX_VOCAB_PADDING = 1024  # by which the vocabularies of two models of one tokenizer may differ
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # Linux, WSL2
 
 
@@ -49,6 +51,7 @@ def _examine_model(config: Config) -> None:
         for path in weight_files(folder):
             read_header(path)
     _check_groups(config, model)
+    _examine_draft(config, model)
     if runs_on_cpu(config, model):
         _check_cpu_pool(config, _layout(config, model), max_len)
 
@@ -112,8 +115,42 @@ def _check_groups(config: Config, model: ModelConfig) -> None:
     for role in config.roles:
         try:
             check_split(model, config.parallel(role))
+            check_parts(model, choose(config.model.quantization, model), config.parallel(role))
         except ConfigError as error:
             raise ConfigError(f"{role} workers of {config.parallel(role)}: {error.message}", param=f"{role}.tp") from None
+
+
+def _examine_draft(config: Config, model: ModelConfig) -> None:
+    """That the draft model is there and can be read."""
+    name = config.decode.speculative_model
+    if name is None:
+        return
+    folder = locate(name, None)
+    draft = read_config(folder)
+    check_draft(config, model, draft)
+    if draft.family != "toy":
+        for path in weight_files(folder):
+            read_header(path)
+
+
+def check_draft(config: Config, model: ModelConfig, draft: ModelConfig) -> None:
+    """Raises ConfigError for a draft model of another tokenizer, as far as the sizes show it."""
+    if abs(model.vocab_size - draft.vocab_size) > MAX_VOCAB_PADDING or (model.family == "toy") != (draft.family == "toy"):
+        raise ConfigError(
+            f"the draft model {config.decode.speculative_model} has {draft.vocab_size} tokens and {config.model.name} has "
+            f"{model.vocab_size}; a draft model needs the tokenizer of its target (--speculative-model)",
+            param="decode.speculative_model",
+        )
+
+
+def kv_share(config: Config, role: str, target: KVLayout) -> float:
+    """Of a rank's memory for KV, the part that is the target's; the rest is for as many blocks of the draft model."""
+    name = config.decode.speculative_model
+    if role != "decode" or name is None:
+        return 1.0
+    draft = read_config(locate(name, None))
+    own = KVLayout(draft.num_layers, draft.num_kv_heads, draft.head_dim, target.block_size, target.dtype, "")
+    return target.block_nbytes / (target.block_nbytes + own.block_nbytes)
 
 
 def _check_cpu_pool(config: Config, layout: KVLayout, max_len: int) -> None:
@@ -122,4 +159,5 @@ def _check_cpu_pool(config: Config, layout: KVLayout, max_len: int) -> None:
     for role in config.roles:
         parallel = config.parallel(role)
         for rank in range(parallel.num_ranks):
-            num_blocks_on_cpu(rank_layout(layout, parallel, rank), cpu_kv_bytes(config, role), max_len)
+            own = rank_layout(layout, parallel, rank)
+            num_blocks_on_cpu(own, int(cpu_kv_bytes(config, role) * kv_share(config, role, own)), max_len)

@@ -54,16 +54,16 @@ def _set_title(name: str) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def keep_serve_inside(host: str) -> None:
+def keep_serve_inside() -> None:
     """Serve opens a gRPC server in every replica, on all interfaces, unauthenticated, and it unpickles what arrives.
 
-    Nothing of ours uses it: it is bound to the address that our own sockets have, loopback unless somebody asked for more. Called
-    from a replica's constructor, which runs before Serve opens it.
+    Nothing of ours uses it: it is bound to loopback, also where our own sockets have another address. Called from a replica's
+    constructor, which runs before Serve opens it.
     """
     from ray.serve._private import replica
 
     bind = replica.add_port_to_grpc_server
-    replica.add_port_to_grpc_server = lambda server, address: bind(server, f"{host}:{address.rsplit(':', 1)[1]}")
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, f"127.0.0.1:{address.rsplit(':', 1)[1]}")
 
 
 def on_sigterm(act: Callable[[], None]) -> None:

@@ -6,15 +6,15 @@ reorder, a choice's token indexes come out contiguous, each once (truth rule R5)
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
 
+from api.inbox import Inbox
 from cluster.timeline import Timeline
 from protocol.errors import Draining, InternalError, ReservationRefused, TandemError
-from protocol.events import Event, Finished, Placed, PromptScored, Timing, TokenLogprobs, Tokens, Usage
+from protocol.events import Event, Finished, Placed, PromptScored, Timing, Tokens, Usage
 from protocol.lifecycle import TERMINAL, Phase, move
 from protocol.messages import RequestFailed, TokenUpdate
 from protocol.network import Peer
@@ -28,7 +28,7 @@ _OutcomeT = TypeVar("_OutcomeT")
 class Detokenizer(Protocol):
     """One per choice: token ids in, text out, stop strings found. `api.detokenize.Detokenizer` is the real one."""
 
-    def feed(self, token_ids: list[int]) -> tuple[str, str | None]: ...
+    def feed(self, token_ids: Sequence[int]) -> tuple[str, str | None]: ...
 
     def flush(self) -> str: ...
 
@@ -76,7 +76,7 @@ class Walk:
         self.timeline = Timeline(received_at, request.origin.intake_s, with_timeline)
         self.phase = Phase.RECEIVED
         self.choices = [Choice(detokenizer(request)) for _ in range(request.sampling.n)]
-        self.inbox: asyncio.Queue[TokenUpdate | RequestFailed | PeerLost] = asyncio.Queue()
+        self.inbox: Inbox[TokenUpdate | RequestFailed | PeerLost] = Inbox()
         self.epoch = 0
         self.num_attempts = 0
         self.num_vain_attempts = 0  # since the last token that was new to the client
@@ -94,6 +94,7 @@ class Walk:
         self.decode_began_at: float | None = None
         self.last_progress_at = now
         self._attempt: Attempt | None = None
+        self._num_open = len(self.choices)  # choices without a finish_reason
         self._prompt_scored = request.sampling.prompt_logprobs is None
         self._held: list[TokenUpdate] = []
         self._prefix_hashes: tuple[bytes, ...] | None = None
@@ -112,11 +113,13 @@ class Walk:
 
     @property
     def is_complete(self) -> bool:
-        return all(choice.finish_reason is not None for choice in self.choices)
+        return self._num_open == 0
 
     @property
     def gap_at(self) -> float | None:
         """Since when some choice has had later tokens and lacks the next one."""
+        if len(self.choices) == 1:
+            return self.choices[0].gap_at
         return min((choice.gap_at for choice in self.choices if choice.gap_at is not None), default=None)
 
     @property
@@ -175,8 +178,7 @@ class Walk:
             self.predicted_ttft_s = attempt.ticket.predicted_ttft_s
             self.placed_event = Placed()
         self.timeline.admitted(attempt.ticket, now)
-        while not self.inbox.empty():  # what an earlier epoch left behind
-            self.inbox.get_nowait()
+        self.inbox.clear()  # what an earlier epoch left behind
         for choice in self.choices:
             choice.pending.clear()
             choice.gap_at = None
@@ -233,9 +235,9 @@ class Walk:
         if attempt is None:
             return
         if peer is attempt.decode:
-            self.inbox.put_nowait(PeerLost("decode"))
+            self.inbox.put(PeerLost("decode"))
         elif peer is attempt.prefill and not attempt.decode_has_begun:
-            self.inbox.put_nowait(PeerLost("prefill"))
+            self.inbox.put(PeerLost("prefill"))
 
     def finish(self, now: float) -> None:
         self.last_progress_at = now
@@ -250,10 +252,10 @@ class Walk:
     def absorb(self, update: TokenUpdate | RequestFailed | PeerLost, now: float) -> list[Event]:
         """Merge one update; the events that it completes, in order."""
         assert isinstance(update, TokenUpdate)
-        events: list[Event] = []
         attempt = self.attempt
         attempt.has_tokens = True
-        self.cached_tokens = max(self.cached_tokens, update.cached_tokens)
+        if update.cached_tokens > self.cached_tokens:
+            self.cached_tokens = update.cached_tokens
         if not (attempt.decode_has_begun if not update.from_prefill else self.timeline.prefill_ended_at):
             self.timeline.frame(update, now)
         if not update.from_prefill and not attempt.decode_has_begun:
@@ -262,66 +264,77 @@ class Walk:
             self.move(Phase.DECODING)
         elif update.from_prefill and self.phase is Phase.PREFILLING:
             self.move(Phase.TRANSFERRING)
-        if not self._prompt_scored:
-            if update.prompt_logprobs is None:
-                self._held.append(update)
-                return events
-            self._prompt_scored = True
-            events.append(PromptScored(update.prompt_logprobs))
+        if self._prompt_scored:
+            return self._merge(update, now)
+        if update.prompt_logprobs is None:
+            self._held.append(update)
+            return []
+        self._prompt_scored = True
+        events: list[Event] = [PromptScored(update.prompt_logprobs)]
         held, self._held = self._held, []
         for item in (*held, update):
             events += self._merge(item, now)
         return events
 
-    def _merge(self, update: TokenUpdate, now: float) -> list[Tokens]:
+    def _merge(self, update: TokenUpdate, now: float) -> list[Event]:
         choice = self.choices[update.choice]
+        if update.index == len(choice.token_ids) and not choice.pending and choice.finish_reason is None:  # as nearly all are
+            return [self._advance(choice, update, 0, now)]
         known = choice.pending.get(update.index)
         if known is None or len(known.tokens) < len(update.tokens):
             choice.pending[update.index] = update
-        events: list[Tokens] = []
+        events: list[Event] = []
         while choice.finish_reason is None:
             ready = next((u for i, u in choice.pending.items() if i <= len(choice.token_ids)), None)
             if ready is None:
                 break
             del choice.pending[ready.index]
             skip = len(choice.token_ids) - ready.index  # what was delivered before: a repeat
-            if skip >= len(ready.tokens):
-                continue
-            if self.first_token_at is None:
-                self.first_token_at = now
-                self.timeline.first_token(now)
-            self.last_progress_at = now
-            self.num_vain_attempts = 0
-            events.append(self._deliver(choice, ready, skip))
-            self.timeline.tokens(len(events[-1].token_ids), choice.last_at, now)
-            choice.last_at = now
+            if skip < len(ready.tokens):
+                events.append(self._advance(choice, ready, skip, now))
         if not choice.pending or choice.finish_reason is not None:
             choice.gap_at = None
         elif events or choice.gap_at is None:
             choice.gap_at = now
         return events
 
+    def _advance(self, choice: Choice, update: TokenUpdate, skip: int, now: float) -> Tokens:
+        """The next tokens of a choice: update.tokens[skip:], of which there are some."""
+        if self.first_token_at is None:
+            self.first_token_at = now
+            self.timeline.first_token(now)
+        self.last_progress_at = now
+        self.num_vain_attempts = 0
+        event = self._deliver(choice, update, skip)
+        self.timeline.tokens(len(event.token_ids), choice.last_at, now)
+        choice.last_at = now
+        return event
+
     def _deliver(self, choice: Choice, update: TokenUpdate, skip: int) -> Tokens:
-        tokens, logprobs = list(update.tokens[skip:]), update.logprobs[skip:] if update.logprobs else None
+        tokens, logprobs = update.tokens, update.logprobs
+        if skip:
+            tokens, logprobs = tokens[skip:], logprobs[skip:] if logprobs else None
         start = len(choice.token_ids)
-        text, taken, stop = "", 0, None
-        for token in tokens:
-            piece, stop = choice.detokenizer.feed([token])
+        stop_reason: int | str | None = update.stop_reason
+        text, stop = choice.detokenizer.feed(tokens[:1])
+        taken = 1
+        while taken < len(tokens) and stop is None:
+            piece, stop = choice.detokenizer.feed(tokens[taken : taken + 1])
             text += piece
             taken += 1
-            if stop is not None:
-                break
-        choice.token_ids += tokens[:taken]
-        stop_reason: int | str | None = update.stop_reason
+        if taken < len(tokens):
+            tokens, logprobs = tokens[:taken], logprobs[:taken] if logprobs is not None else None
+        choice.token_ids += tokens
         if stop is not None:
             choice.finish_reason, stop_reason, choice.stopped_here = "stop", stop, True
+            self._num_open -= 1
             if update.finish_reason is None:
                 self._stopped.append(update.choice)
         elif update.finish_reason is not None:
             choice.finish_reason = update.finish_reason
+            self._num_open -= 1
             text += choice.detokenizer.flush()
-        kept: tuple[TokenLogprobs, ...] | None = tuple(logprobs[:taken]) if logprobs is not None else None
-        return Tokens(update.choice, start, tuple(tokens[:taken]), text, kept, choice.finish_reason, stop_reason)
+        return Tokens(update.choice, start, tokens, text, logprobs, choice.finish_reason, stop_reason)
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from kvtransfer.listening import ANY, Ports, listen, why
 from protocol import messages
 from protocol.errors import DeadlineExceeded, Failure, TandemError, WorkerLost, from_failure, to_failure
 from protocol.messages import Message
@@ -53,6 +54,7 @@ class Pulse(NamedTuple):
     misses: int
 
 
+BACKLOG = 100  # asyncio's own
 CLUSTER = Codec(messages.encode, messages.decode)
 _HEADER = struct.Struct("!IBQ")
 _MAC_NBYTES = 16
@@ -251,6 +253,7 @@ class SocketNetwork:
         name: str,
         secret: bytes,
         host: str = "127.0.0.1",
+        ports: Ports = ANY,
         port: int = 0,
         codec: Codec = CLUSTER,
         pulse: Pulse | None = None,
@@ -260,6 +263,7 @@ class SocketNetwork:
         self._pulse = pulse
         self._secret = secret
         self._host = host
+        self._ports = ports
         self._port = port
         self._server: asyncio.Server | None = None
         self._handler: Handler = _not_serving
@@ -280,7 +284,8 @@ class SocketNetwork:
 
     async def serve(self, handler: Handler, on_lost: Callable[[Peer], None]) -> None:
         self.answer(handler, on_lost)
-        self._server = await asyncio.start_server(self._accept, self._host, self._port, limit=MAX_FRAME_BYTES)
+        sock = listen(self._host, self._ports, BACKLOG, self._port)
+        self._server = await asyncio.start_server(self._accept, sock=sock, limit=MAX_FRAME_BYTES)
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def connect(self, address: str, timeout: float = HANDSHAKE_TIMEOUT_S) -> Peer:
@@ -308,8 +313,9 @@ class SocketNetwork:
             async with asyncio.timeout(timeout):
                 connection = await self._dial(address)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            why = str(error) or type(error).__name__
-            raise WorkerLost(f"{self.name} cannot reach {address}: {why}") from None
+            raise WorkerLost(
+                f"{self.name} on {socket.gethostname()} cannot reach {address} (tcp, from here to there): {why(error)}"
+            ) from None
         self._outgoing[address] = connection
         return connection
 

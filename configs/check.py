@@ -30,6 +30,7 @@ def check(config: Config) -> None:
             )
         labels[one.label] = i
     _check_switch(config)
+    _check_ports(config.transfer.port_range)
     names = [one.served_name for one in config.each()]
     for i, server in enumerate(config.overflow):
         if not re.match(r"https?://[^/]+", server.url):
@@ -58,6 +59,17 @@ def _check_switch(config: Config) -> None:
             )
 
 
+def _check_ports(text: str | None) -> None:
+    if text is None:
+        return
+    found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", text)
+    if found is None or not 1024 <= int(found[1]) <= int(found[2]) <= 65535:
+        raise ConfigError(
+            f"transfer.port_range {text!r} is not a range of ports from 1024 to 65535, such as 20000-20999",
+            param="transfer.port_range",
+        )
+
+
 def _check_pools(config: Config, where: str) -> None:
     for role in ("prefill", "decode"):
         pool, name = config.pool(role), f"{where}{role}"
@@ -78,6 +90,26 @@ def _check_pools(config: Config, where: str) -> None:
             )
 
 
+def _check_speculation(config: Config, where: str) -> None:
+    decode = config.decode
+    if decode.prompt_lookup_min > decode.prompt_lookup_max:
+        raise ConfigError(
+            f"{where}decode.prompt_lookup_min {decode.prompt_lookup_min} is above decode.prompt_lookup_max "
+            f"{decode.prompt_lookup_max}",
+            param="decode.prompt_lookup_min",
+        )
+    if decode.speculative_method == "draft" and decode.speculative_model is None:
+        raise ConfigError(
+            f"{where}decode.speculative_method draft needs a draft model: --speculative-model DIR",
+            param="decode.speculative_model",
+        )
+    if decode.speculative_method == "ngram" and decode.speculative_model is not None:
+        raise ConfigError(
+            f"{where}decode.speculative_model {decode.speculative_model} is for decode.speculative_method draft, and that is ngram",
+            param="decode.speculative_model",
+        )
+
+
 def _check_model(config: Config, where: str) -> None:
     """One model and its pools. where: before its keys, in messages."""
     _check_pools(config, where)
@@ -88,8 +120,15 @@ def _check_model(config: Config, where: str) -> None:
             f"{decode.max_num_seqs}: a step has one token for each sequence; raise the first or lower the second",
             param="decode.max_num_batched_tokens",
         )
+    _check_speculation(config, where)
+    if decode.preemption_mode == "swap" and decode.parallel.num_ranks > 1:
+        raise ConfigError(
+            f"{where}decode.preemption_mode swap is built for workers of one rank: the ranks of a group (tp or pp above 1) do not "
+            "store and restore together yet; leave it at recompute",
+            param="decode.preemption_mode",
+        )
     if model.host_cache_bytes:
-        if not model.enable_prefix_caching:
+        if not model.enable_prefix_caching and decode.preemption_mode != "swap":
             raise ConfigError(
                 "model.host_cache_bytes keeps prefixes that the prefix cache evicts, and model.enable_prefix_caching is false",
                 param="model.host_cache_bytes",

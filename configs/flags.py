@@ -59,6 +59,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model.enable_prefix_caching", "--enable-prefix-caching"),
     Flag("model.seed", "--seed", "N"),
     Flag("model.quantization", "--quantization"),
+    Flag("model.cpu_sharing", "--cpu-sharing"),
     Flag("model.chat_template", "--chat-template", "FILE"),
     Flag("model.step_log", "--step-log", "FILE"),
     # pools
@@ -76,6 +77,12 @@ FLAGS: tuple[Flag, ...] = (
         "what a decode worker mixes in is decode.max_num_batched_tokens",
     ),
     Flag("decode.enable_chunked_prefill", "--enable-chunked-prefill"),
+    Flag("decode.preemption_mode", "--preemption-mode"),
+    Flag("decode.speculative_method", "--speculative-method"),
+    Flag("decode.speculative_model", "--speculative-model", "MODEL"),
+    Flag("decode.num_speculative_tokens", "--num-speculative-tokens", "TOKENS"),
+    Flag("decode.prompt_lookup_max", "--prompt-lookup-max", "TOKENS"),
+    Flag("decode.prompt_lookup_min", "--prompt-lookup-min", "TOKENS"),
     # doors
     Flag("gateway.host", "--host", "ADDRESS"),
     Flag("gateway.port", "--port", "PORT"),
@@ -85,6 +92,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("scheduler.tenants_file", "--tenants", "FILE"),
     # transfer
     Flag("transfer.transport", "--kv-transport"),
+    Flag("transfer.bind_host", "--bind-host", "ADDRESS"),
+    Flag("transfer.port_range", "--port-range", "LOW-HIGH"),
 )
 BY_KEY: dict[str, Flag] = {flag.key: flag for flag in FLAGS}
 
@@ -94,5 +103,8 @@ ELSEWHERE: dict[str, str] = {
     "-tp": "tensor ranks are set for each pool: --prefill-tp and --decode-tp",
     "--pipeline-parallel-size": "pipeline stages are set for each pool: --prefill-pp and --decode-pp",
     "--kv-offloading-size": "evicted prefixes go to host memory with --host-cache-bytes, for example 4GiB, for each worker",
+    "--speculative-config": "its parts are options here: --speculative-method ngram or draft, --speculative-model, "
+    "--num-speculative-tokens, --prompt-lookup-max, --prompt-lookup-min",
+    "--swap-space": "preempted sequences go to host memory with --preemption-mode swap and --host-cache-bytes, for each worker",
     "-pp": "pipeline stages are set for each pool: --prefill-pp and --decode-pp",
 }

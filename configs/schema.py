@@ -58,10 +58,20 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Annotated[int, Meta(ge=0, le=2**63 - 1)] | None,
         says("seeds of requests without one are drawn from it, in their order at each gateway; none: at random"),
     ] = None
-    quantization: Annotated[Literal["none"], says("of the weights")] = "none"
+    quantization: Annotated[
+        Literal["auto", "none", "int8", "int4"],
+        says("weights as they are loaded: int8 or int4 with sums in float32, none: floats, auto: as the checkpoint is"),
+    ] = "auto"
     step_log: Annotated[
         str | None, says("a line of JSON for each step goes to FILE.WORKER, as steps.decode-0.jsonl for steps.jsonl")
     ] = None
+    cpu_sharing: Annotated[
+        Literal["lend", "shared", "pinned"],
+        says(
+            "how workers on one host share its cores: each has its share and borrows idle ones; each uses all of them; each is "
+            "kept on its share"
+        ),
+    ] = "lend"
     chat_template: Annotated[str | None, says("a Jinja file, instead of the model's own template")] = None
 
 
@@ -107,9 +117,36 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_seqs: Annotated[Count, says("sequences in one decode step")] = 64
     max_num_batched_tokens: Annotated[Count, says("tokens in one decode step, prompts it prefills itself included")] = 256
     enable_chunked_prefill: Annotated[bool, says("a decode worker prefills in pieces, between others' tokens")] = True
+    preemption_mode: Annotated[
+        Literal["recompute", "swap"],
+        says(
+            "the KV of a sequence that gives up its blocks; swap: host memory keeps it, model.host_cache_bytes or, where that is "
+            "0, as much as the pool but 4 GiB at most"
+        ),
+    ] = "recompute"
+    speculative_method: Annotated[
+        Literal["ngram", "draft"] | None,
+        says("who guesses tokens that a step then verifies; ngram: the text; draft: speculative_model, which implies it"),
+    ] = None
+    speculative_model: Annotated[
+        str | None, says("the draft model, beside each decode worker: a directory or a hub id, of the same tokenizer")
+    ] = None
+    num_speculative_tokens: Annotated[int, Meta(ge=1, le=32), says("the most tokens that are guessed at once")] = 4
+    prompt_lookup_max: Annotated[int, Meta(ge=1, le=64), says("ngram: as many of the last tokens are looked for")] = 4
+    prompt_lookup_min: Annotated[int, Meta(ge=1, le=64), says("ngram: with fewer of them found nothing is guessed")] = 2
+    adapt_speculation: Annotated[bool, says("guess only as far as it was measured to pay; false: always all of them")] = True
+    without: Annotated[
+        Literal["nothing", "continuous-batching", "paging"],
+        says("for `bench ablate`: a batch runs to its end before another begins, or a sequence holds blocks for model.max_len"),
+    ] = "nothing"
     tp: Annotated[GroupSize, says("tensor ranks of a decode worker: so many processes share each layer's heads")] = 1
     pp: Annotated[GroupSize, says("pipeline stages of a decode worker: so many groups of tensor ranks share the layers")] = 1
     num_threads: Annotated[CountOrAuto, says("CPU threads of each rank of a decode worker; 0: its share of the cores")] = 0
+
+    @property
+    def speculation(self) -> str | None:
+        """The method in force: a draft model alone says what it is for."""
+        return "draft" if self.speculative_method is None and self.speculative_model is not None else self.speculative_method
 
     @property
     def parallel(self) -> Parallel:
@@ -153,6 +190,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         Literal["fcfs", "priority", "fair", "slo"],
         says("order of the queue: arrival; bands; bands, then tenants' fair shares; the same, then deadlines that can be kept"),
     ] = "slo"
+    admission: Annotated[
+        bool, says("promises, buckets and retries may refuse a request; false, for `bench ablate`: only full queues do")
+    ] = True
     tenants_file: Annotated[str | None, says("YAML with classes and tenants, read again when it changes; none: one of each")] = None
     max_queue_requests: Annotated[Count, says("waiting requests, then 429 or 503")] = 1024
     max_queue_tokens: Annotated[int, Meta(ge=1, le=10**12), says("prompt tokens waiting, then 429 or 503")] = 4_000_000
@@ -195,7 +235,12 @@ class TransferConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = "auto"
     lease_s: Annotated[Seconds, says("decode holds reserved blocks so long for a prefill")] = 30.0
     timeout_s: Annotated[Seconds, says("one transfer, from its last block computed to verified")] = 30.0
-    bind_host: Annotated[Text, says("address of KV and control sockets; several hosts need one they can reach")] = "127.0.0.1"
+    bind_host: Annotated[
+        Text, says("address of KV and control sockets, or a network (10.0.0.0/16) or interface in which each host has one")
+    ] = "127.0.0.1"
+    port_range: Annotated[
+        str | None, says("ports of KV and control sockets, as 20000-20999, for firewalls; none: any free ones")
+    ] = None
     verify: Annotated[Literal[True], says("check every block's digest before decode reads it")] = True
 
 
@@ -311,10 +356,12 @@ def label_of(model: ModelConfig) -> str:
 INHERITED = frozenset(
     {
         *(f"model.{name}" for name in ("device", "block_size", "kv_cache_bytes", "host_cache_bytes", "gpu_memory_utilization")),
+        "model.cpu_sharing",
         *(f"model.{name}" for name in ("enable_prefix_caching", "seed")),
         *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("max_num_batched_tokens", "max_num_seqs")),
         *(f"{role}.{name}" for role in ("prefill", "decode") for name in ("num_threads", "price_per_hour", "is_spot")),
         "decode.enable_chunked_prefill",
+        "decode.preemption_mode",
     }
 )
 
@@ -335,7 +382,8 @@ def with_inherited(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 # Known values of other systems that are refused with a reason rather than a list of choices.
 REFUSALS = {
-    "model.quantization": "weights run as they are stored; quantized weights are not built yet",
+    "model.quantization": "int8 and int4 are made at load, GPTQ and AWQ checkpoints are recognised by themselves; others are not "
+    "built yet",
     "transfer.verify": "KV that nobody verified is never read, so this cannot be switched off",
 }
 

@@ -31,6 +31,21 @@ class Budget(NamedTuple):
     enable_chunked_prefill: bool = True
 
 
+def steady(running: Seq[Sequence], num_free_blocks: int, block_size: int, budget: Budget) -> list[Sequence] | None:
+    """Whether plan() would say of these, while nobody is preempted, just this: one token for each. -> who needs one more block for
+    it; None: ask plan(). Of many steps in a row it is so, and then this is all the planning there is."""
+    if len(running) > budget.max_num_seqs:
+        return None
+    grow: list[Sequence] = []
+    for sequence in running:
+        num_tokens = len(sequence.token_ids)
+        if num_tokens - sequence.num_computed != 1:
+            return None
+        if num_tokens > len(sequence.blocks) * block_size:
+            grow.append(sequence)
+    return grow if len(grow) <= num_free_blocks else None
+
+
 def plan(running: Seq[Sequence], preempted: Seq[Sequence], num_free_blocks: int, block_size: int, budget: Budget) -> Plan:
     """running: in order of arrival, blocks held. preempted: in the order they are to return, no blocks held.
 

@@ -30,7 +30,7 @@ class Reservations:
 
     def check_it_can_ever_fit(self, request: Request) -> None:
         """Raises InvalidRequest."""
-        per_choice = self._layout.num_blocks_for(request.max_total_len)
+        per_choice = self._layout.num_blocks_for(self._sequences.whole_len or request.max_total_len)
         if per_choice > self._pool.num_blocks:
             raise InvalidRequest(
                 f"prompt and max_tokens need {per_choice} KV blocks, the pool has {self._pool.num_blocks}; lower max_tokens or "
@@ -52,7 +52,10 @@ class Reservations:
             for choice in range(1 if same else request.sampling.n)
             if choice not in job.ended
         ]
-        self._sequences.start(job, lead, self._headroom)
+        missing = sum(self._num_unwritten(len(sequence.token_ids)) for sequence in lead)
+        self._sequences.start(job, lead, max(self._headroom, missing))
+        if missing:
+            self._sequences.hold(lead, self._pool.allocate(missing))
         job.cached_tokens = max(sequence.num_computed for sequence in lead)
         self._count(sum(len(s.token_ids) for s in lead), sum(s.num_computed for s in lead))
         return self._handover.local_grant(job)
@@ -67,6 +70,7 @@ class Reservations:
         cached = self._pool.match(job.block_hashes)
         num_new = layout.num_blocks_for(num_tokens) - len(cached)
         num_spare = job.request.sampling.n - (num_tokens % layout.block_size != 0)
+        num_spare = max(num_spare, job.request.sampling.n * self._num_unwritten(num_tokens))
         if num_new + num_spare + self._headroom > self._pool.num_free:
             self._pool.release(cached)
             raise OutOfBlocks
@@ -80,6 +84,10 @@ class Reservations:
             if job.grant is None and not job.is_dropped:  # refused before anybody could write
                 self._pool.release(job.granted_blocks)
                 job.granted_blocks = []
+
+    def _num_unwritten(self, num_tokens: int) -> int:
+        """Without paging: the blocks that a sequence holds beyond those of its tokens."""
+        return max(0, self._layout.num_blocks_for(self._sequences.whole_len) - self._layout.num_blocks_for(num_tokens))
 
     def _count(self, queries: int, hits: int) -> None:
         self.prefix_queries += queries

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from decode.job import Job
-from engine.batch import Chunk
+from engine.batch import Chunk, is_scored
 from engine.blocks import BlockPool, OutOfBlocks
 from engine.prefix import attach_prefix, seal_full_blocks
 from engine.sequence import Sequence
+from engine.swap import Swap
 from protocol.events import TokenLogprobs
 from protocol.kv import KVLayout
 from protocol.ticket import FirstToken
@@ -21,26 +22,38 @@ Opening = tuple[int, tuple[int, ...], tuple[TokenLogprobs, ...] | None]
 
 
 class Sequences:
-    """running: in order of arrival, blocks held. preempted: in the order they return, no blocks held."""
+    """running: in order of arrival, blocks held. preempted: in the order they return, no blocks held. whole_len: without paging,
+    for how many tokens a sequence holds blocks from its beginning on; 0: as many as it has."""
 
-    def __init__(self, pool: BlockPool, layout: KVLayout) -> None:
+    def __init__(self, pool: BlockPool, layout: KVLayout, swap: Swap | None = None, whole_len: int = 0) -> None:
+        self.whole_len = whole_len
         self.running: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self._pool = pool
         self._layout = layout
+        self._swap = swap
         self._jobs: dict[int, Job] = {}  # by id(sequence)
+        self._batch: list[Sequence] = []  # of static batching
         self._copies: dict[int, tuple[int, int]] = {}  # id(sequence) -> (shared block, own block) to copy before its next step
         self._openings: dict[int, Opening] = {}  # id(sequence)
 
     def __len__(self) -> int:
         return len(self.running) + len(self.preempted)
 
+    @property
+    def num_unused_slots(self) -> int:
+        """Of the blocks that running sequences hold, those for a token each without one: what is wasted, and what a prompt that is
+        computed here has still to fill. Shared blocks are full, so none is counted twice."""
+        block_size = self._layout.block_size
+        return sum(len(s.blocks) * block_size - s.num_computed for s in self.running)
+
     def job_of(self, sequence: Sequence) -> Job | None:
         """None once it is retired."""
         return self._jobs.get(id(sequence))
 
     def take_opening(self, sequence: Sequence) -> Opening:
-        return self._openings.pop(id(sequence), (sequence.output_len, (), None))
+        opening = self._openings.pop(id(sequence), None) if self._openings else None
+        return opening if opening is not None else (sequence.output_len, (), None)
 
     # ---- coming ----------------------------------------------------------------------------------------------------
 
@@ -79,10 +92,18 @@ class Sequences:
             self._adopt(job, sequence)
         if not job.sequences:
             self._pool.release(blocks)
+        self.hold(list(job.sequences.values()), job.spare_blocks)
         self._pool.release(job.spare_blocks)
         job.spare_blocks = []
         for sequence in job.sequences.values():
             seal_full_blocks(self._pool, sequence, self._layout)
+
+    def hold(self, sequences: list[Sequence], spare: list[int]) -> None:
+        """Without paging: blocks out of `spare` for all the tokens that each may ever have."""
+        for sequence in sequences:
+            missing = max(0, self._layout.num_blocks_for(self.whole_len) - len(sequence.blocks))
+            sequence.blocks += spare[:missing]
+            del spare[:missing]
 
     def part_ways(self, job: Job, chunk: Chunk) -> None:
         """The siblings of a prompt that was prefilled here once for all n choices."""
@@ -120,16 +141,31 @@ class Sequences:
     # ---- being there -----------------------------------------------------------------------------------------------
 
     def grow(self, sequence: Sequence) -> bool:
-        """One more block. False: there is none, and the sequence was preempted instead."""
+        """One more block for its next token. False: there is none, and the sequence was preempted instead."""
+        if self.extend(sequence):
+            return True
+        self.preempt(sequence)  # a victim's blocks were shared, so less came free than the plan counted on
+        return False
+
+    def extend(self, sequence: Sequence) -> bool:
+        """One more block. False: there is none."""
         try:
             sequence.blocks += self._pool.allocate(1, after=sequence.blocks[-1])
-        except OutOfBlocks:  # a victim's blocks were shared, so less came free than the plan counted on
-            self.preempt(sequence)
+        except OutOfBlocks:
             return False
         return True
 
+    def trim(self, sequence: Sequence) -> None:
+        """Give back blocks behind the one that its newest token will be written to."""
+        needed = self._layout.num_blocks_for(len(sequence.token_ids))
+        if len(sequence.blocks) > needed:
+            self._pool.release(sequence.blocks[needed:])
+            del sequence.blocks[needed:]
+
     def preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        if self._swap is not None and id(sequence) not in self._copies and not is_scored(sequence):
+            self._swap.take_out(sequence)
         self._release_blocks(sequence)
         sequence.num_computed = 0
         if sequence.choice == 0:
@@ -142,12 +178,33 @@ class Sequences:
             attach_prefix(self._pool, sequence, self._layout, 0)
         except OutOfBlocks:
             return False
+        if self._swap is not None:
+            self._swap.bring_back(sequence)
+            self.seal(sequence)
         self.preempted.remove(sequence)
         self.running.append(sequence)
         return True
 
+    def chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
+        """So many of its next tokens, and who is sampled after them."""
+        if num_tokens < sequence.num_uncomputed:
+            return Chunk(sequence, num_tokens, ())
+        job = self._jobs[id(sequence)]
+        missing = []
+        if _is_shared_prompt(job, sequence):
+            missing = [c for c in range(job.request.sampling.n) if c not in job.sequences and c not in job.ended]
+        return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(choice) for choice in missing)))
+
+    def static_batch(self, most: int) -> list[Sequence]:
+        """Who takes part in a step without continuous batching: those who began together, until the last of them is over."""
+        running = {id(sequence) for sequence in self.running}
+        self._batch = [sequence for sequence in self._batch if id(sequence) in running] or self.running[:most]
+        return self._batch
+
     def take_copies(self, chunks: Iterable[Chunk]) -> list[tuple[int, int]]:
         """(shared, own) block pairs to copy before this step; give them to `copied` after it."""
+        if not self._copies:
+            return []
         due = [self._copies.pop(id(chunk.sequence), None) for chunk in chunks]
         return [copy for copy in due if copy is not None]
 
@@ -168,6 +225,8 @@ class Sequences:
             if sequence in holder:
                 holder.remove(sequence)
         self._openings.pop(id(sequence), None)
+        if self._swap is not None:
+            self._swap.forget(sequence)
         self._release_blocks(sequence)
         if job.sequences.get(sequence.choice) is sequence:
             del job.sequences[sequence.choice]
@@ -180,9 +239,24 @@ class Sequences:
         self._pool.release(sequence.blocks)
         sequence.blocks = []
 
+    def swapped_numbers(self) -> dict[str, int]:
+        """By the names of `WorkerStats`."""
+        return {} if self._swap is None else self._swap.numbers()
+
     def check_is_empty(self) -> None:
+        assert not self._swap
         assert not self.running
         assert not self.preempted
         assert not self._jobs
         assert not self._copies
         assert not self._openings
+
+
+def _is_shared_prompt(job: Job, sequence: Sequence) -> bool:
+    """A prompt that this worker prefills once for all n choices, which part ways at its last token."""
+    return (
+        job.request.sampling.n > 1
+        and len(job.sequences) == 1
+        and sequence.choice == 0
+        and sequence.output_len == len(job.delivered[0])
+    )

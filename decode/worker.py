@@ -18,19 +18,25 @@ from typing import TypeVar
 
 import msgspec
 
+from decode.drafting import Drafting, Limits
 from decode.handover import Handover
 from decode.job import Job
-from decode.planner import Budget, plan
+from decode.planner import Budget, plan, steady
+from decode.report import Report
 from decode.reservation import Reservations
 from decode.sequences import Sequences
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
+from engine.cores import BORROWED_S, Cores
+from engine.pace import Load, Pace
 from engine.prefix import forget_prefix
 from engine.runner import ModelRunner, Sample, StepResult
 from engine.sequence import Sequence
+from engine.speculation.speculator import Speculator
 from engine.step import Extras
 from engine.step_log import StepLog
 from engine.stopping import finish_reason
+from engine.swap import Swap
 from kvtransfer.receiving import GroupReceivers
 from protocol.errors import (
     Draining,
@@ -79,6 +85,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 256
     enable_chunked_prefill: bool = True
     max_jobs: int = 4096  # requests that may hold or wait for blocks at once
+    without: str = "nothing"  # or "continuous-batching", "paging": for measuring what they are worth
 
 
 class DecodeWorker:
@@ -94,6 +101,8 @@ class DecodeWorker:
         clock: Clock,
         compute: Compute,
         secret: bytes,
+        speculator: Speculator | None = None,
+        swap: Swap | None = None,
     ) -> None:
         self.settings = settings
         self.runner = runner
@@ -103,7 +112,9 @@ class DecodeWorker:
         self._compute = compute
         self._jobs: dict[str, Job] = {}  # by request_id: one attempt at a time
         self._cancelled: OrderedDict[tuple[str, int], None] = OrderedDict()  # attempts that are over before they came
-        self._sequences = Sequences(pool, settings.layout)
+        self._sequences = Sequences(pool, settings.layout, swap, settings.max_model_len if settings.without == "paging" else 0)
+        limits = Limits(settings.max_num_batched_tokens, settings.max_model_len, settings.layout.block_size)
+        self.drafting = Drafting(speculator, self._sequences, pool, limits) if speculator is not None else None
         self._in_step = False
         self._after_step: list[Callable[[], None]] = []
         self._wake = asyncio.Event()
@@ -111,11 +122,15 @@ class DecodeWorker:
         self.last_token_at: float | None = None
         self._step_began_at = 0.0
         self._counts: dict[str, float] = defaultdict(float)
+        self._step_s = 0.0  # of the newest step
         self.step_log: StepLog | None = None
+        self.cores: Cores | None = None  # who says how many threads a step may use; none: always the runner's number
+        self.pace = Pace()
         self.handover = Handover(
             settings.incarnation, settings.layout, pool, receivers, network, clock, secret, self._fail_transfer, self.wake
         )
         self._reservations = Reservations(settings.layout, pool, self._sequences, self.handover)
+        self._report = Report(self._counts, self._sequences, pool, self.handover, self._reservations, self.drafting)
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
@@ -284,6 +299,7 @@ class DecodeWorker:
     async def run(self) -> None:
         while True:
             if not self._sequences:
+                self._rest()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -295,11 +311,12 @@ class DecodeWorker:
         try:
             chunks = self._plan()
             if not chunks:
+                self._rest()
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._wake.wait(), STALL_S)
                 return
-            self._emit(chunks, await self._execute(chunks))
+            self._emit(*await self._execute(chunks))
         except Exception as error:
             log.exception("a decode step failed")
             self._fail_step(chunks, error)
@@ -310,26 +327,30 @@ class DecodeWorker:
             except Exception:
                 log.exception("after a decode step")
 
-    async def _execute(self, chunks: list[Chunk]) -> StepResult:
+    async def _execute(self, chunks: list[Chunk]) -> tuple[list[Chunk], StepResult]:
+        """-> the chunks as they were computed, with their drafts."""
         copies = self._sequences.take_copies(chunks)
         self._in_step = True
         self._step_began_at = self._clock()
+        result: StepResult | None = None
         try:
-            return await self._compute(lambda: self.runner.run(chunks, None, Extras(copies=tuple(copies))))
+            chunks, result = await self._compute(lambda: self._run(chunks, Extras(copies=tuple(copies))))
+            self.pace.learn(result.stats, self.runner.num_threads or 0)
+            return chunks, result
         finally:
             self._in_step = False
             self._sequences.copied(copies)
             self._counts["num_steps"] += 1
-            seconds = self._clock() - self._step_began_at
+            seconds = self._step_s = self._clock() - self._step_began_at
             self._counts["step_s"] += seconds
             if self.step_log is not None:
-                self._log_step(self.step_log, chunks, seconds)
+                self._report.log_step(self.step_log, self._step_began_at, seconds, chunks, result)
 
-    def _log_step(self, step_log: StepLog, chunks: list[Chunk], seconds: float) -> None:
-        jobs = ((self._sequences.job_of(chunk.sequence), chunk.num_tokens) for chunk in chunks)
-        tokens = [(job.request.request_id, number) for job, number in jobs if job is not None]
-        num_waiting = len(self._sequences.preempted) + self.handover.num_open
-        step_log.step(self._step_began_at, seconds, tokens, len(self._sequences.running), num_waiting, self.pool)
+    def _run(self, chunks: list[Chunk], extras: Extras) -> tuple[list[Chunk], StepResult]:
+        """In the engine's thread."""
+        if self.drafting is not None:
+            chunks = self.drafting.draft(chunks)
+        return chunks, self.runner.run(chunks, None, extras)
 
     def _fail_step(self, chunks: list[Chunk], error: Exception) -> None:
         failure = InternalError(f"a decode step failed ({type(error).__name__}); the worker's log has the details")
@@ -339,79 +360,122 @@ class DecodeWorker:
             self._after_step.append(lambda job=job: self._fail(job, "decode", failure))
 
     def _plan(self) -> list[Chunk]:
-        budget = Budget(self.settings.max_num_seqs, self.settings.max_num_batched_tokens, self.settings.enable_chunked_prefill)
+        budget = Budget(self.settings.max_num_seqs, self._max_tokens(), self.settings.enable_chunked_prefill)
         block_size = self.settings.layout.block_size
         mine = self._sequences
-        decided = plan(mine.running, mine.preempted, self.pool.num_free, block_size, budget)
-        for sequence in decided.preempt:
-            mine.preempt(sequence)
-        left_out = {id(sequence) for sequence in decided.grow if not mine.grow(sequence)}
-        left_out |= {id(sequence) for sequence in decided.restart if not mine.restart(sequence)}
-        self._counts["num_preemptions"] += len(decided.preempt)
-        return [self._chunk(s, min(n, s.num_uncomputed)) for s, n in decided.chunks if id(s) not in left_out]
+        running = mine.running if self.settings.without != "continuous-batching" else mine.static_batch(budget.max_num_seqs)
+        growing = None if mine.preempted else steady(running, self.pool.num_free, block_size, budget)
+        if growing is not None:
+            for sequence in growing:
+                mine.grow(sequence)
+            chunks = [sequence.chunk or mine.chunk(sequence, 1) for sequence in running]
+        else:
+            decided = plan(running, mine.preempted, self.pool.num_free, block_size, budget)
+            for sequence in decided.preempt:
+                mine.preempt(sequence)
+            left_out = {id(sequence) for sequence in decided.grow if not mine.grow(sequence)}
+            left_out |= {id(sequence) for sequence in decided.restart if not mine.restart(sequence)}
+            self._counts["num_preemptions"] += len(decided.preempt)
+            chunks = [mine.chunk(s, min(n, s.num_uncomputed)) for s, n in decided.chunks if id(s) not in left_out]
+        if self.drafting is not None:
+            self.drafting.plan(chunks)
+        return chunks
 
-    def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
-        if num_tokens < sequence.num_uncomputed:
-            return Chunk(sequence, num_tokens, ())
-        job = self._sequences.job_of(sequence)
-        assert job is not None
-        shares = self._is_shared_prompt(job, sequence)
-        others = [c for c in range(job.request.sampling.n) if c not in job.sequences and c not in job.ended]
-        missing = others if shares else []
-        return Chunk(sequence, num_tokens, (sequence, *(sequence.fork(choice) for choice in missing)))
+    def _max_tokens(self) -> int:
+        """Of the next step; and its threads are taken. Work on borrowed cores is cut: their owner may wake at any time."""
+        most = self.settings.max_num_batched_tokens
+        if self.cores is None:
+            return most
+        running = self._sequences.running
+        prompt = next((s for s in running if s.num_uncomputed > 1), None)
+        decoding = [s.num_computed for s in running if s.num_uncomputed == 1]
+        room = 0 if prompt is None else min(most - len(decoding), prompt.num_uncomputed)
+        load = Load(prompt.num_computed if prompt is not None else 0, max(0, room), len(decoding), sum(decoding))
+        choice = self.pace.choose(BORROWED_S, self.cores.num_own, self.cores.take(self._step_s), load)
+        self.runner.num_threads = choice.num_threads
+        return most if choice.max_tokens >= room else len(decoding) + choice.max_tokens
 
-    def _is_shared_prompt(self, job: Job, sequence: Sequence) -> bool:
-        """A prompt that this worker prefills once for all n choices, which part ways at its last token."""
-        return (
-            job.request.sampling.n > 1
-            and len(job.sequences) == 1
-            and sequence.choice == 0
-            and sequence.output_len == len(job.delivered[0])
-        )
+    def _rest(self) -> None:
+        if self.cores is not None:
+            self.cores.rest()
 
     def _emit(self, chunks: list[Chunk], result: StepResult) -> None:
         """Apply the step to its sequences and tell each gateway in one frame."""
-        now = self._clock()
+        peer: Peer | None = None
+        updates: list[TokenUpdate] = []
         frames: dict[int, tuple[Peer, list[TokenUpdate]]] = {}
-        samples = {id(sample.sequence): sample for sample in result.samples}
+        block_size = self.settings.layout.block_size
+        samples: dict[int, list[Sample]] = {}
+        for sample in result.samples:
+            samples.setdefault(id(sample.sequence), []).append(sample)
+        if self.drafting is not None:
+            self.drafting.learn_step(chunks, result)
         for chunk in chunks:
             lead = chunk.sequence
             job = self._sequences.job_of(lead)
             if job is None or job.is_dropped:
                 continue
-            job.first_step_at = job.first_step_at or self._step_began_at
             lead.num_computed += chunk.num_tokens
+            if job.first_step_at is None:
+                job.first_step_at = self._step_began_at
             self._counts["prompt_tokens" if chunk.num_tokens > 1 else "decode_rows"] += chunk.num_tokens
-            self._sequences.seal(lead)
-            if len(chunk.samples) > 1:
-                self._sequences.part_ways(job, chunk)
-            if lead.choice == 0:
-                job.scored += result.prompt_logprobs.get(lead.request.request_id, ())
+            if chunk.num_tokens > 1 or lead.num_computed % block_size == 0:
+                self._sequences.seal(lead)
+            if chunk is not lead.chunk:
+                self._after_prompt(job, chunk, result)
             for sequence in chunk.samples:
-                sample = samples[id(sequence)]
-                if sample.error is not None:
+                came = samples[id(sequence)]
+                if came[0].error is not None:
                     forget_prefix(self.pool, sequence, self.settings.layout)
-                    self._after_step.append(lambda job=job, e=sample.error: self._fail(job, "decode", InternalError(e)))
+                    self._after_step.append(lambda job=job, e=came[0].error: self._fail(job, "decode", InternalError(e)))
                     continue
-                update = self._advance(job, sequence, sample)
-                frames.setdefault(id(job.gateway), (job.gateway, []))[1].append(update)
-                self.last_token_at = now
+                if self.drafting is not None and sequence is lead:
+                    self.drafting.learn(chunk, [sample.token for sample in came])
+                if job.gateway is not peer:
+                    peer = job.gateway
+                    updates = frames.setdefault(id(peer), (peer, []))[1]
+                updates.append(self._advance(job, sequence, came))
         for peer, updates in frames.values():
+            self.last_token_at = self._clock()
             peer.send(TokenFrame(tuple(updates)))
 
-    def _advance(self, job: Job, sequence: Sequence, sample: Sample) -> TokenUpdate:
+    def _after_prompt(self, job: Job, chunk: Chunk, result: StepResult) -> None:
+        """What there may be to do after a chunk of a prompt, or the first token after one, and never after that."""
+        lead = chunk.sequence
+        if len(chunk.samples) > 1:
+            self._sequences.part_ways(job, chunk)
+        if lead.choice == 0:
+            job.scored += result.prompt_logprobs.get(lead.request.request_id, ())
+
+    def _advance(self, job: Job, sequence: Sequence, came: list[Sample]) -> TokenUpdate:
         index, tokens, logprobs = self._sequences.take_opening(sequence)
-        sequence.append(sample.token)
-        self._counts["generation_tokens"] += 1
-        finished = finish_reason(sequence, self.settings.max_model_len)
-        if sample.logprobs is not None:
-            logprobs = (*(logprobs or ()), sample.logprobs)
+        if sequence.chunk is None:
+            sequence.chunk = Chunk(sequence, 1, (sequence,))
+        max_len = min(sequence.max_len, self.settings.max_model_len)
+        finished = None
+        for sample in came:
+            sequence.append(sample.token)
+            tokens = (*tokens, sample.token)
+            if sample.logprobs is not None:
+                logprobs = (*(logprobs or ()), sample.logprobs)
+            self._counts["generation_tokens"] += 1
+            if sample.token in sequence.enders or len(sequence.token_ids) >= max_len:
+                finished = finish_reason(sequence, self.settings.max_model_len)
+                if finished:
+                    break
+        if len(came) > 1:  # what was guessed and is so has been computed
+            sequence.num_computed = len(sequence) - 1
+            self._sequences.seal(sequence)
+        if self.drafting is not None:
+            self._sequences.trim(sequence)
+        if finished is None and logprobs is None and job.has_told and not job.scored:  # as nearly all are
+            return TokenUpdate(job.request.request_id, job.epoch, sequence.choice, index, tokens)
         update = TokenUpdate(
             request_id=job.request.request_id,
             epoch=job.epoch,
             choice=sequence.choice,
             index=index,
-            tokens=(*tokens, sample.token),
+            tokens=tokens,
             logprobs=logprobs,
             finish_reason=finished[0] if finished else None,
             stop_reason=finished[1] if finished else None,
@@ -434,6 +498,8 @@ class DecodeWorker:
 
     def _retire(self, sequence: Sequence) -> None:
         """The sequence is over, however it ended; idempotent."""
+        if self.drafting is not None:
+            self.drafting.speculator.forget(sequence)
         job = self._sequences.retire(sequence)
         if job is None or job.sequences or job.grant is not None:
             return
@@ -450,27 +516,7 @@ class DecodeWorker:
         return tuple(job.key for job in self._jobs.values())
 
     def stats(self) -> WorkerStats:
-        c = self._counts
-        age = -1.0 if self.last_token_at is None else self._clock() - self.last_token_at
-        return WorkerStats(
-            num_running=len(self._sequences.running),
-            num_waiting=len(self._sequences.preempted) + self.handover.num_open,
-            num_steps=int(c["num_steps"]),
-            step_s=c["step_s"],
-            prompt_tokens=int(c["prompt_tokens"]),
-            generation_tokens=int(c["generation_tokens"]),
-            prefix_queries=self._reservations.prefix_queries,
-            prefix_hits=self._reservations.prefix_hits,
-            num_preemptions=int(c["num_preemptions"]),
-            transfers=self.handover.transfers,
-            transfer_bytes=self.handover.transfer_bytes,
-            transfers_failed=self.handover.transfers_failed,
-            digest_failures=self.handover.digest_failures,
-            leases_expired=self.handover.leases_expired,
-            last_token_age_s=age,
-            pairs=self.handover.pair_stats(),
-            **self.pool.numbers,
-        )
+        return self._report.stats(-1.0 if self.last_token_at is None else self._clock() - self.last_token_at)
 
     def check_integrity(self) -> None:
         """When idle: every block is free or cached, nothing is reserved or quarantined, no state is left."""

@@ -22,6 +22,8 @@ from engine.sampler import Sample, sample, score
 from engine.sequence import Sequence
 from engine.stats import StepStats
 from engine.step import NOTHING, Extras, Idle, Step, Stop
+from engine.verify import verified
+from kernels import cpu
 from kvtransfer.layout import rank_layout
 from models.load import LoadedModel
 from protocol.errors import GroupBroken
@@ -34,7 +36,8 @@ _NO_STEP = Step([], [], [], [], [], [])
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """prompt_logprobs[request_id]: the entries of the prompt positions that this step scored, position 0 as None. Over all
+    """samples: in the order of the chunks' samples; for a chunk with a draft one for each guess that was right, and the one after
+    them. prompt_logprobs[request_id]: the entries of the prompt positions that this step scored, position 0 as None. Over all
     chunks of a prompt they are prompt_len entries, in order."""
 
     samples: list[Sample]
@@ -46,7 +49,8 @@ class ModelRunner:
     """loaded on kv, this rank's pool [own layers, num_blocks, 2, own KV heads, block_size, head_dim].
 
     layout: of the whole model, whatever the rank. group: None for a worker of one rank.
-    num_threads: how many threads torch may use in the thread that calls run(); None leaves torch's own choice.
+    num_threads: how many threads a step may use, in the thread that calls run(); None leaves torch's own choice. It may be
+    changed between steps.
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class ModelRunner:
         self.group = group
         self.num_threads = num_threads
         self._clock = clock
-        self._thread: int | None = None
+        self._threads_of: dict[int, int] = {}  # by calling thread: what was set there
+        if loaded.device.type == "cpu" and loaded.dtype is torch.float32:
+            cpu.load()  # seconds, on a machine's first time: not at the first request's expense
         self._in_step = threading.Lock()  # idle() may come from another thread than run()
 
     # ---- leader ----------------------------------------------------------------------------------------------------
@@ -100,7 +106,7 @@ class ModelRunner:
             ended = self._clock()
         if isinstance(hook, _Deferred) and hook.error is not None:
             raise hook.error
-        return StepResult(samples, scores, _stats(chunks, ended - started, computed - started, ended - computed))
+        return StepResult(samples, scores, _stats(chunks, samples, ended - started, computed - started, ended - computed))
 
     def idle(self) -> bool:
         """Leader of a group: a step of nothing, so that the others' wait stays below its deadline. To be called once no step
@@ -221,9 +227,9 @@ class ModelRunner:
     def _own_threads(self) -> None:
         # OpenMP's thread count belongs to the calling thread, so it is set where run() is called, not where we were built.
         current = threading.get_ident()
-        if self._thread != current and self.num_threads is not None:
+        if self.num_threads is not None and self._threads_of.get(current) != self.num_threads:
             torch.set_num_threads(self.num_threads)
-        self._thread = current
+            self._threads_of = {current: self.num_threads}
 
     # ---- logits to tokens, on the leader -----------------------------------------------------------------------------
 
@@ -288,15 +294,15 @@ def _sample(logits: Tensor, wanted: Wanted) -> list[Sample]:
     indices = [row for _, row in wanted.samples]
     if indices != list(range(len(logits))):  # siblings of one prompt draw from the same row
         logits = logits[torch.tensor(indices, device=logits.device)]
-    return sample(logits, [sequence for sequence, _ in wanted.samples])
+    return verified(sample(logits, [sequence for sequence, _ in wanted.samples]))
 
 
-def _stats(chunks: SequenceOf[Chunk], seconds: float, forward_s: float, sample_s: float) -> StepStats:
+def _stats(chunks: SequenceOf[Chunk], samples: SequenceOf[Sample], seconds: float, forward_s: float, sample_s: float) -> StepStats:
     prefill_tokens = prefill_pairs = num_decode = decode_context = 0
     for chunk in chunks:
         sequence, length = chunk.sequence, chunk.num_tokens
         begin = sequence.num_computed
-        if length == 1 and begin >= sequence.prompt_len:
+        if sequence.chunk is chunk or length == 1 and begin >= sequence.prompt_len:
             num_decode += 1
             decode_context += begin + 1
         else:
@@ -307,7 +313,8 @@ def _stats(chunks: SequenceOf[Chunk], seconds: float, forward_s: float, sample_s
         num_decode=num_decode,
         prefill_pairs=prefill_pairs,
         decode_context=decode_context,
-        num_samples=sum(len(chunk.samples) for chunk in chunks),
+        num_samples=len(samples),
+        num_draft=sum(len(chunk.draft) for chunk in chunks),
         seconds=seconds,
         forward_s=forward_s,
         sample_s=sample_s,

@@ -14,25 +14,31 @@ import torch
 from torch import Tensor
 
 from engine.philox import uniforms
-from engine.sequence import Sequence, TokenCounts
+from engine.sequence import Ahead, Sequence, TokenCounts
 from protocol.events import TokenLogprobs
 
 NUM_CANDIDATES = 1024  # top_p looks at so many first; a row whose nucleus is wider is sorted as a whole
 NOT_FINITE = "the model's logits for this sequence are not finite numbers; its KV or the weights are damaged"
 
 
+Sampled = Sequence | Ahead
+
+
 class Sample(msgspec.Struct, frozen=True):
     """error: why this sequence got no token; then token is -1, and its request fails alone (truth rule R11)."""
 
-    sequence: Sequence
+    sequence: Sampled
     token: int
     logprobs: TokenLogprobs | None = None
     error: str | None = None
 
 
-def sample(logits: Tensor, sequences: SequenceOf[Sequence]) -> list[Sample]:
+def sample(logits: Tensor, sequences: SequenceOf[Sampled]) -> list[Sample]:
     """One token for each sequence from its row of logits, float32 [rows, vocab_size]; logits are left as they are."""
     best, tokens = logits.max(dim=-1)
+    are_simple = [sequence.is_simple for sequence in sequences]
+    if all(are_simple) and bool(torch.isfinite(best).all()):
+        return list(map(Sample, sequences, tokens.tolist()))
     if not all(_is_plain(sequence) for sequence in sequences):
         tokens = _choose(logits, tokens, sequences)
     finite = torch.isfinite(best).tolist()  # a NaN anywhere in the row is its maximum
@@ -68,7 +74,7 @@ def score(logits: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprobs
     return result
 
 
-def _is_plain(sequence: Sequence) -> bool:
+def _is_plain(sequence: Sampled) -> bool:
     """Greedy, and nothing changes the logits."""
     sampling = sequence.request.sampling
     return (
@@ -79,7 +85,7 @@ def _is_plain(sequence: Sequence) -> bool:
     )
 
 
-def _choose(logits: Tensor, greedy: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+def _choose(logits: Tensor, greedy: Tensor, sequences: SequenceOf[Sampled]) -> Tensor:
     """Tokens of rows of which at least one is not plain."""
     odd = [row for row, sequence in enumerate(sequences) if not _is_plain(sequence)]
     some = logits[torch.tensor(odd, device=logits.device)]  # a copy, changed in place below
@@ -95,7 +101,7 @@ def _choose(logits: Tensor, greedy: Tensor, sequences: SequenceOf[Sequence]) -> 
     return result
 
 
-def _adjust(row: Tensor, sequence: Sequence) -> None:
+def _adjust(row: Tensor, sequence: Sampled) -> None:
     """min_tokens, logit_bias and penalties of one sequence, in place on its logits [vocab_size]."""
     request, sampling = sequence.request, sequence.request.sampling
     device = row.device
@@ -122,7 +128,7 @@ def _adjust(row: Tensor, sequence: Sequence) -> None:
         row[ids] -= sampling.frequency_penalty * times + sampling.presence_penalty
 
 
-def _draw(logits: Tensor, sequences: SequenceOf[Sequence]) -> Tensor:
+def _draw(logits: Tensor, sequences: SequenceOf[Sampled]) -> Tensor:
     """Inverse CDF of one uniform per row. logits [rows, vocab_size] is overwritten."""
     params = [sequence.request.sampling for sequence in sequences]
     device = logits.device

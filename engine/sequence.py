@@ -6,10 +6,26 @@ workers; the runner never changes it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from engine.hashing import extend_hashes
-from protocol.request import Request
+from protocol.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from engine.batch import Chunk
+
+
+def is_simple(sampling: SamplingParams) -> bool:
+    """Greedy, nothing changes the logits, and nobody wants to see them."""
+    return (
+        sampling.temperature == 0.0
+        and not sampling.logit_bias
+        and not sampling.has_penalties
+        and not sampling.min_tokens
+        and sampling.logprobs is None
+    )
 
 
 class TokenCounts:
@@ -27,6 +43,12 @@ class TokenCounts:
             self.output[token] = self.output.get(token, 0) + 1
         self.num_counted = len(output_token_ids)
 
+    def copy(self) -> TokenCounts:
+        """To count on from here without touching this one; the prompt, which no longer changes, is shared."""
+        other = TokenCounts(())
+        other.prompt, other.output, other.num_counted = self.prompt, dict(self.output), self.num_counted
+        return other
+
 
 class Sequence:
     """token_ids: prompt + output. blocks[i] holds the KV of tokens [i*block_size, (i+1)*block_size).
@@ -35,7 +57,10 @@ class Sequence:
     output_token_ids: what was delivered before a resumption.
     """
 
-    __slots__ = ("request", "choice", "token_ids", "blocks", "num_computed", "block_hashes", "token_counts")
+    __slots__ = (
+        "request", "choice", "token_ids", "blocks", "num_computed", "block_hashes", "token_counts",
+        "is_simple", "enders", "max_len", "chunk",
+    )  # fmt: skip
 
     def __init__(self, request: Request, choice: int = 0, output_token_ids: Iterable[int] = ()) -> None:
         self.request = request
@@ -45,6 +70,12 @@ class Sequence:
         self.num_computed = 0
         self.block_hashes: list[bytes] = []
         self.token_counts: TokenCounts | None = None  # the sampler's, where penalties ask for it
+        sampling = request.sampling
+        self.is_simple = is_simple(sampling)
+        # No other token, and no lesser length, can end it (engine/stopping.py says whether one does).
+        self.enders = frozenset(() if sampling.ignore_eos else request.eos_token_ids).union(sampling.stop_token_ids or ())
+        self.max_len = self.prompt_len + sampling.max_tokens if sampling.max_tokens is not None else sys.maxsize
+        self.chunk: Chunk | None = None  # the decode worker's: the one that computes its newest token, the same at every step
 
     def __repr__(self) -> str:
         return (
@@ -118,3 +149,41 @@ class Sequence:
         """For preemption: nothing is computed any more. Returns the blocks, whose references the caller releases."""
         blocks, self.blocks, self.num_computed = self.blocks, [], 0
         return blocks
+
+
+class Ahead:
+    """A sequence as if the first tokens of a draft had been sampled: what the sampler asks of a sequence, nothing more.
+
+    Never kept: it is right for the step it was made for.
+    """
+
+    __slots__ = ("sequence", "draft", "token_counts")
+
+    def __init__(self, sequence: Sequence, draft: tuple[int, ...]) -> None:
+        assert draft, "nothing is ahead"
+        self.sequence = sequence
+        self.draft = draft
+        self.token_counts = sequence.token_counts.copy() if sequence.token_counts is not None else None
+
+    def __len__(self) -> int:
+        return len(self.sequence) + len(self.draft)
+
+    @property
+    def request(self) -> Request:
+        return self.sequence.request
+
+    @property
+    def choice(self) -> int:
+        return self.sequence.choice
+
+    @property
+    def is_simple(self) -> bool:
+        return self.sequence.is_simple
+
+    @property
+    def output_len(self) -> int:
+        return self.sequence.output_len + len(self.draft)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return [*self.sequence.output_token_ids, *self.draft]

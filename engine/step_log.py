@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 from engine.blocks import BlockPool
@@ -43,8 +44,10 @@ class StepLog:
         num_running: int,
         num_waiting: int,
         pool: BlockPool,
+        more: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """tokens: of each request in this step, as (request_id, number). began_at: seconds of the worker's own clock."""
+        """tokens: of each request in this step, as (request_id, number). began_at: seconds of the worker's own clock. more: what
+        only this kind of worker has to tell, by name."""
         counts = (pool.num_allocated, pool.num_freed, pool.num_evicted)
         allocated, freed, evicted = (now - before for now, before in zip(counts, self._before, strict=True))
         self._before = counts
@@ -66,6 +69,7 @@ class StepLog:
                 "blocks_evicted": evicted,
                 "blocks_used": pool.num_used,
                 "blocks_free": pool.num_free,
+                **more,
             }
         )
 

@@ -213,7 +213,9 @@ class _Pieces:
 
 def takes_attention(q: Tensor, kv_layer: Tensor) -> bool:
     """q [num_tokens, num_heads, head_dim] with heads that touch."""
-    return takes(q) and q.stride(1) == q.shape[2] and q.shape[1] // kv_layer.shape[2] <= _state.MAX_ROWS and kv_layer.is_contiguous()
+    return (
+        takes(q) and q.stride(1) == q.shape[2] and q.shape[1] // kv_layer.shape[2] <= _state.MAX_ROWS and kv_layer.is_contiguous()
+    )
 
 
 def attention(q: Tensor, kv_layer: Tensor, plan: AttentionPlan, scale: float, window: int | None) -> Tensor:
@@ -232,4 +234,3 @@ def attention(q: Tensor, kv_layer: Tensor, plan: AttentionPlan, scale: float, wi
         block_size, pieces.address, window or 0, _float(scale)[0],
     )  # fmt: skip
     return out
-

@@ -240,7 +240,10 @@ def _weights_of_row(scores, num_keys, most, total, row):
         summed = add(summed, weight)
     shrunk = exp_of_negative(subtract(splat(old), new))
     store_float(most + row * FLOAT, biggest)
-    store_float(total + row * FLOAT, load_float(total + row * FLOAT) * sum_of(multiply(shrunk, splat(numba.float32(0.0625)))) + sum_of(summed))
+    store_float(
+        total + row * FLOAT,
+        load_float(total + row * FLOAT) * sum_of(multiply(shrunk, splat(numba.float32(0.0625)))) + sum_of(summed),
+    )
     return shrunk
 
 
@@ -277,7 +280,17 @@ def _sum_few(values, length, following, weights, num_rows, dim, row_nbytes, out,
                 tile_1x4(weight, row_nbytes, FLOAT, values + at, nbytes, target + at, nbytes, length, is_fresh, following + at)
         for at in range(nbytes - nbytes % (4 * VECTOR_NBYTES), nbytes, VECTOR_NBYTES):
             for one in range(min(4, left)):
-                tile_1x1(weight + one * row_nbytes, row_nbytes, FLOAT, values + at, nbytes, target + one * nbytes + at, nbytes, length, is_fresh)
+                tile_1x1(
+                    weight + one * row_nbytes,
+                    row_nbytes,
+                    FLOAT,
+                    values + at,
+                    nbytes,
+                    target + one * nbytes + at,
+                    nbytes,
+                    length,
+                    is_fresh,
+                )
 
 
 @_cached()

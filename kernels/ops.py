@@ -12,23 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
+from kernels.panels import PanelMatrix, StackedMatrix
 
 PIECE_LEN = 4096  # tokens of context that are copied out of the pool at a time: bounds memory for long contexts
 WINDOW_QUERIES = 256  # queries per explicit mask under sliding-window attention
+
+Matrix = Tensor | PanelMatrix | StackedMatrix  # what linear() multiplies by
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _packed_linear = torch.ops.mkldnn._linear_pointwise
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Span:
+class Span(NamedTuple):  # of all frozen things the quickest to make, and every step makes one for each sequence
     """Rows [start, start + length) of a batch are the tokens of one sequence that follow its context_len computed ones.
 
     blocks: the sequence's blocks, at least as many as context_len + length tokens need; index: the same as a tensor.
@@ -93,11 +95,13 @@ def pack(weight: Tensor) -> Tensor:
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x [rows, in] @ weight [out, in].T + bias + residual [rows, out] -> contiguous [rows, out]. weight may be packed.
 
     May overwrite the residual.
     """
+    if not isinstance(weight, Tensor):
+        return weight.linear(x, bias, residual)
     if on_gpu(x.device):
         from kernels import cuda_ops
 

@@ -54,7 +54,9 @@ def _emits(result: Any, *arguments: Any) -> Callable[[Callable[..., Any]], Any]:
 
         # numba binds arguments by the signature that it sees, and takes no *args there.
         names = ("typing", *(f"value_{place}" for place in range(len(arguments))))
-        typed.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+        typed.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        )
         typed.__name__ = code.__name__
         typed.__doc__ = code.__doc__
         return intrinsic(typed)

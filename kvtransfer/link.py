@@ -17,6 +17,7 @@ import msgspec
 from kvtransfer import gpu
 from kvtransfer.cuda_ipc import CudaIpcLane, CudaIpcReceiver
 from kvtransfer.layout import Place, rank_layout
+from kvtransfer.listening import ANY, Ports
 from kvtransfer.memory import DirectSender, MemoryLane, MemoryReceiver
 from kvtransfer.nccl_lane import NcclLane
 from kvtransfer.nccl_receiver import NcclReceiver, is_usable
@@ -63,6 +64,7 @@ class ReceiverOptions(msgspec.Struct, frozen=True):
     port: int
     advertise_host: str | None
     stall_timeout_s: float
+    ports: Ports = ANY
 
 
 class Meeting(NamedTuple):
@@ -116,6 +118,7 @@ def _tcp_receiver(pool: KVPool, options: ReceiverOptions) -> Receiver:
         place=options.place,
         host=options.host,
         port=options.port,
+        ports=options.ports,
         advertise_host=options.advertise_host,
         stall_timeout_s=options.stall_timeout_s,
     )
@@ -149,6 +152,7 @@ def _nccl_receiver(pool: KVPool, options: ReceiverOptions) -> Receiver:
         options.incarnation,
         place=options.place,
         host=options.host,
+        ports=options.ports,
         advertise_host=options.advertise_host,
         timeout_s=options.stall_timeout_s,
     )
@@ -258,9 +262,10 @@ def make_receivers(
     port: int = 0,
     advertise_host: str | None = None,
     stall_timeout_s: float = 5.0,
+    ports: Ports = ANY,
 ) -> dict[str, Receiver]:
     """Decode: one receiver for each transport named, in that order. Raises ConfigError."""
-    options = ReceiverOptions(place or Place(pool.layout), secret, incarnation, host, port, advertise_host, stall_timeout_s)
+    options = ReceiverOptions(place or Place(pool.layout), secret, incarnation, host, port, advertise_host, stall_timeout_s, ports)
     receivers: dict[str, Receiver] = {}
     for name in transports:
         if name not in TRANSPORTS:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kvtransfer import tcp_frames as frames
+from kvtransfer.listening import why
 from kvtransfer.nccl import SENDER, CupyCommunicator, Hello, MakeCommunicator, Pipe, Welcome, staging
 from kvtransfer.outgoing import Lane, LinkBroken, Piece, Prepared, Source, Transfer
 from kvtransfer.tcp_frames import FrameError, FrameReader, FrameWriter, Kind, Reason
@@ -170,7 +171,7 @@ class NcclLane:
         try:
             raw = socket.create_connection((self.endpoint.host, self.endpoint.port), self._connect_timeout_s)
         except OSError as error:
-            raise LinkBroken(f"no connection to {where}: {error}") from error
+            raise LinkBroken(f"no connection from {socket.gethostname()} to {where} (KV, tcp): {why(error)}") from error
         sock = DeadlineSocket(raw, self._timeout_s)
         try:
             reader, writer, unique_id = self._shake_hands(sock, deadline)

@@ -24,6 +24,7 @@ from kvtransfer import gpu
 from kvtransfer import tcp_frames as frames
 from kvtransfer.arrivals import Arrivals
 from kvtransfer.layout import Area, Place, route_between
+from kvtransfer.listening import ANY, Ports, listen
 from kvtransfer.nccl import (
     RECEIVER,
     CupyCommunicator,
@@ -83,6 +84,7 @@ class NcclReceiver:
         *,
         place: Place | None = None,
         host: str = "127.0.0.1",
+        ports: Ports = ANY,
         advertise_host: str | None = None,
         timeout_s: float = 5.0,
         make: MakeCommunicator = CupyCommunicator,
@@ -105,8 +107,7 @@ class NcclReceiver:
         self.make = make
         self.unique_id = unique_id
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._listener = socket.create_server((host, 0), family=family, backlog=128)
+            self._listener = listen(host, ports)
         except OSError as error:
             raise ConfigError(f"cannot listen for KV on {host}: {error.strerror}", param="transfer.bind_host") from error
         self._endpoint = NcclEndpoint(advertise_host or host, self._listener.getsockname()[1], uuid)

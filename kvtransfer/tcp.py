@@ -25,6 +25,7 @@ from kvtransfer import tcp_frames as frames
 from kvtransfer.arrivals import Arrivals, stretches
 from kvtransfer.handoff import DIGEST_NBYTES
 from kvtransfer.layout import Place, route_between
+from kvtransfer.listening import ANY, Ports, listen
 from kvtransfer.pool import KVPool
 from kvtransfer.tcp_frames import FrameError, Header, Kind, Reason
 from kvtransfer.tcp_socket import Closed, DeadlineSocket, Stalled, accept_all, advance
@@ -64,7 +65,7 @@ class TcpReceiver:
     """A `Receiver` (transport.py) on a socket of its own.
 
     host: what to bind; beyond loopback only when asked. advertise_host: what peers are told, needed when host is a
-    wildcard. port 0: any free one. secret: must not be empty; there is no unauthenticated mode. Raises ConfigError.
+    wildcard. port 0: any free one of `ports`. secret: must not be empty; there is no unauthenticated mode. Raises ConfigError.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class TcpReceiver:
         place: Place | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        ports: Ports = ANY,
         advertise_host: str | None = None,
         stall_timeout_s: float = 5.0,
         handshake_timeout_s: float = 5.0,
@@ -94,10 +96,11 @@ class TcpReceiver:
         self.handshake_timeout_s = handshake_timeout_s
         self.num_refused = 0  # frames of writers that may not, or may no longer, write there
         try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            self._listener = socket.create_server((host, port), family=family, backlog=128)
+            self._listener = listen(host, ports, port=port)
         except OSError as error:
-            raise ConfigError(f"cannot listen for KV on {host}:{port}: {error.strerror}", param="transfer.bind_host") from error
+            raise ConfigError(
+                f"cannot listen for KV on {host}:{port or ports}: {error.strerror}", param="transfer.bind_host"
+            ) from error
         self._endpoint = TcpEndpoint(advertise_host or host, self._listener.getsockname()[1])
         self._live: dict[bytes, Inflow] = {}
         self._connections: set[_Connection] = set()

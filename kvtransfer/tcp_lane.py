@@ -20,6 +20,7 @@ import numpy as np
 
 from kvtransfer import tcp_frames as frames
 from kvtransfer.layout import Route, plan_routes
+from kvtransfer.listening import why
 from kvtransfer.outgoing import LinkBroken, Piece, Transfer
 from kvtransfer.tcp_frames import FrameError, Kind, Reason
 from kvtransfer.tcp_socket import Closed, DeadlineSocket
@@ -144,7 +145,7 @@ class TcpLane:
         try:
             raw = socket.create_connection((self.endpoint.host, self.endpoint.port), self._connect_timeout_s)
         except OSError as error:
-            raise LinkBroken(f"no connection to {where}: {error}") from error
+            raise LinkBroken(f"no connection from {socket.gethostname()} to {where} (KV, tcp): {why(error)}") from error
         sock = self._sock = DeadlineSocket(raw, self._stall_timeout_s)
         try:
             reader, writer = self._shake_hands(sock, deadline)

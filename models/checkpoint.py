@@ -15,7 +15,7 @@ import msgspec
 
 from protocol.errors import ModelError
 
-ITEM_NBYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+ITEM_NBYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4}
 MAX_HEADER_NBYTES = 100_000_000
 INDEX_NAME = "model.safetensors.index.json"
 AGAIN = "the file is damaged or its download was cut short; fetch it again"

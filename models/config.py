@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from models.quantization import StoredQuantization, parse_stored
 from protocol.errors import ModelError
 
 FAMILIES = {
@@ -53,6 +54,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: bool = False
     windows: tuple[int | None, ...] = ()  # per layer: how many tokens a token sees; None or missing: all before it
     dtype: str = "float32"  # of the checkpoint
+    quantization: StoredQuantization | None = None  # of the checkpoint
 
     @property
     def family(self) -> str:
@@ -82,8 +84,6 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any], path: Path) ->
         raise ModelError(
             f"{path}: architecture {', '.join(names) or '(none named)'} is not one of those served: {', '.join(FAMILIES)}"
         )
-    if raw.get("quantization_config"):
-        raise ModelError(f"{path}: quantised checkpoints (quantization_config) are not served; use the unquantised one")
     activation = raw.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ModelError(f"{path}: hidden_act {activation!r} is not served, only silu")
@@ -119,6 +119,7 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any], path: Path) ->
         mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
         qk_norm=family == "qwen3",
         windows=_windows(raw, family, num_layers),
+        quantization=parse_stored(raw.get("quantization_config"), path),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     )
 

@@ -25,11 +25,12 @@ PIECE_NBYTES = 256 << 10  # of what is hashed whole, is in memory at a time
 NUM_THREADS = 8  # small reads far apart: a disk answers several as quickly as one
 
 
-def model_hash(config: ModelConfig, where: dict[str, SafetensorsFile]) -> str:
-    """where: the tensors of the whole model. It does not matter how they are dealt to files. Raises ModelError."""
+def model_hash(config: ModelConfig, where: dict[str, SafetensorsFile], rounding: str = "") -> str:
+    """where: the tensors of the whole model. It does not matter how they are dealt to files. rounding: what becomes of the weights
+    as they are loaded ("int8"), for other weights compute other KV. Raises ModelError."""
     with ThreadPoolExecutor(min(NUM_THREADS, len(where))) as pool:
         digests = dict(pool.map(lambda item: (item[0], _tensor_digest(*item)), where.items()))
-    total = xxhash.xxh3_128(repr(config).encode())
+    total = xxhash.xxh3_128(f"{config!r}{rounding}".encode())
     for name in sorted(digests):
         total.update(digests[name])
     return total.hexdigest()

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from kernels import ops
+from kernels.quantized import pack, quantize
 from models.config import ModelConfig, Rope
 from models.interface import WHOLE, ForwardBatch, NoOtherRanks, OnLayer, Shard, TensorRanks
+from models.quantization import FLOATS, Quantization
+from models.quantized_load import GrowingMatrix, RoundedRows, Rows, StoredRows
 from models.split import Split, split
-from models.weights import Slot
+from models.weights import Slot, Target
 from protocol.parallel import part
 
 
@@ -34,25 +37,35 @@ class Layer:
     )  # fmt: skip
 
     def __init__(
-        self, config: ModelConfig, own: Split, adds: bool, window: int | None, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        own: Split,
+        adds: bool,
+        window: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_quantized: bool,
     ) -> None:
         def new(*shape: int) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
+
+        def matrix(out_width: int, in_width: int) -> Any:  # until pack(); then an ops.Matrix
+            return GrowingMatrix(out_width, in_width, device) if is_quantized else new(out_width, in_width)
 
         hidden, width = config.hidden_size, len(own.inner)
         q_width = len(own.q_heads) * config.head_dim
         qkv_width = q_width + 2 * len(own.kv_heads) * config.head_dim
         self.attention_norm = new(hidden)
-        self.qkv = new(qkv_width, hidden)
+        self.qkv = matrix(qkv_width, hidden)
         self.qkv_bias = new(qkv_width) if config.qkv_bias else None
         self.q_norm = new(config.head_dim) if config.qk_norm else None
         self.k_norm = new(config.head_dim) if config.qk_norm else None
-        self.o = new(hidden, q_width)
+        self.o = matrix(hidden, q_width)
         self.o_bias = new(hidden) if config.o_bias and adds else None
         self.mlp_norm = new(hidden)
-        self.gate_up = new(2 * width, hidden)
+        self.gate_up = matrix(2 * width, hidden)
         self.gate_up_bias = new(2 * width) if config.mlp_bias else None
-        self.down = new(hidden, width)
+        self.down = matrix(hidden, width)
         self.down_bias = new(hidden) if config.mlp_bias and adds else None
         self.window = window
 
@@ -70,24 +83,32 @@ class Llama:
         device: torch.device,
         shard: Shard = WHOLE,
         ranks: TensorRanks | None = None,
+        quantization: Quantization = FLOATS,
     ) -> None:
+        self.quantization = quantization
         self.config = config
         self.shard = shard
         self.own = split(config, shard)
         self.ranks: TensorRanks = ranks if ranks is not None else NoOtherRanks()
         self._dtype, self._device = dtype, device
         self._adds = shard.tp_rank == 0
-        self.layers = [Layer(config, self.own, self._adds, config.window(index), dtype, device) for index in self.own.layers]
+        self.layers = [
+            Layer(config, self.own, self._adds, config.window(index), dtype, device, quantization.is_any)
+            for index in self.own.layers
+        ]
         self.inv_freq = inverse_frequencies(config.rope, config.head_dim).to(device)
         self._vocab_widths = tuple(len(part(config.vocab_size, shard.parallel.tp_size, t)) for t in range(shard.parallel.tp_size))
         if shard.is_first_stage:
             self.embedding = torch.empty(len(self.own.vocab), config.hidden_size, dtype=dtype, device=device)
             self.norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-            self.head = self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding)
+            self.head: Any = self.embedding if config.tie_word_embeddings else torch.empty_like(self.embedding)
+            if not config.tie_word_embeddings and quantization.bits("lm_head"):
+                self.head = GrowingMatrix(len(self.own.vocab), config.hidden_size, device)
 
-    def slots(self) -> dict[str, Slot]:
+    def slots(self) -> dict[str, Target]:
         """Every tensor of a Hugging Face checkpoint of these families that this rank holds a part of, and where it goes."""
-        config, own, slots = self.config, self.own, {}
+        config, own = self.config, self.own
+        slots: dict[str, Target] = {}
         dim = config.head_dim
         sizes = [len(heads) * dim for heads in (own.q_heads, own.kv_heads, own.kv_heads)]
         q_start, kv_start = own.q_heads.start * dim, own.kv_heads.start * dim
@@ -101,20 +122,26 @@ class Llama:
             at = f"model.layers.{index}."
             slots[at + "input_layernorm.weight"] = Slot(layer.attention_norm)
             slots[at + "post_attention_layernorm.weight"] = Slot(layer.mlp_norm)
-            for kind, fused in (("weight", layer.qkv), ("bias", layer.qkv_bias)):
-                if fused is not None:
-                    q, k, v = torch.split(fused, sizes)
-                    slots[f"{at}self_attn.q_proj.{kind}"] = Slot(q, pairs, start=q_start, total=config.num_heads * dim)
-                    slots[f"{at}self_attn.k_proj.{kind}"] = Slot(k, pairs, start=kv_start, total=config.num_kv_heads * dim)
-                    slots[f"{at}self_attn.v_proj.{kind}"] = Slot(v, start=kv_start, total=config.num_kv_heads * dim)
+            first = 0
+            for name, count, arrange, start, heads in (
+                ("q_proj", sizes[0], pairs, q_start, config.num_heads),
+                ("k_proj", sizes[1], pairs, kv_start, config.num_kv_heads),
+                ("v_proj", sizes[2], None, kv_start, config.num_kv_heads),
+            ):
+                part: dict[str, Any] = {"arrange": arrange, "start": start, "total": heads * dim}
+                slots |= self._rows(f"{at}self_attn.{name}", layer.qkv, first, count, **part)
+                if layer.qkv_bias is not None:
+                    slots[f"{at}self_attn.{name}.bias"] = Slot(layer.qkv_bias[first : first + count], **part)
+                first += count
             inner: dict[str, Any] = {"start": own.inner.start, "total": config.intermediate_size}
-            for kind, fused in (("weight", layer.gate_up), ("bias", layer.gate_up_bias)):
-                if fused is not None:
-                    gate, up = fused.chunk(2)
-                    slots[f"{at}mlp.gate_proj.{kind}"] = Slot(gate, **inner)
-                    slots[f"{at}mlp.up_proj.{kind}"] = Slot(up, **inner)
-            slots[at + "self_attn.o_proj.weight"] = Slot(layer.o, axis=1, start=q_start, total=config.num_heads * dim)
-            slots[at + "mlp.down_proj.weight"] = Slot(layer.down, axis=1, **inner)
+            width = len(own.inner)
+            for name, first in (("gate_proj", 0), ("up_proj", width)):
+                slots |= self._rows(f"{at}mlp.{name}", layer.gate_up, first, width, **inner)
+                if layer.gate_up_bias is not None:
+                    slots[f"{at}mlp.{name}.bias"] = Slot(layer.gate_up_bias[first : first + width], **inner)
+            hidden = config.hidden_size
+            slots |= self._rows(at + "self_attn.o_proj", layer.o, 0, hidden, axis=1, start=q_start, total=config.num_heads * dim)
+            slots |= self._rows(at + "mlp.down_proj", layer.down, 0, hidden, axis=1, **inner)
             for name, tensor, arrange in (
                 ("self_attn.o_proj.bias", layer.o_bias, None),
                 ("self_attn.q_norm.weight", layer.q_norm, pairs),
@@ -128,19 +155,46 @@ class Llama:
             slots["model.embed_tokens.weight"] = Slot(self.embedding, **vocab)
             slots["model.norm.weight"] = Slot(self.norm)
             if self.head is not self.embedding:
-                slots["lm_head.weight"] = Slot(self.head, **vocab)
+                slots |= self._rows("lm_head", self.head, 0, len(own.vocab), **vocab)
         return slots
+
+    def _rows(self, module: str, matrix: Tensor | GrowingMatrix, at: int, count: int, **part: Any) -> dict[str, Target]:
+        """The tensors of a linear module whose weight is rows [at, at + count) of a matrix; part: as in Slot."""
+        if isinstance(matrix, Tensor):
+            return {f"{module}.weight": Slot(matrix[at : at + count], **part)}
+        into, bits = Rows(matrix, at, count, **part), self.quantization.bits(module)
+        if bits and self.quantization.stored is not None:
+            return dict(StoredRows(module, into, self.quantization.stored).targets())
+        return {f"{module}.weight": RoundedRows(into, bits, self._dtype)}
 
     def pack(self) -> None:
         """Once the slots are filled: every matrix into the layout its device multiplies fastest, one after the other.
 
-        A head that is tied to the embedding becomes a matrix of its own: rows of a packed one cannot be looked up.
+        A head that is tied to the embedding becomes a matrix of its own: rows of a packed one cannot be looked up. Quantised ones
+        have been packed as they came.
         """
+
+        def packed(matrix: Any) -> ops.Matrix:
+            if isinstance(matrix, GrowingMatrix):
+                assert matrix.finished is not None
+                return matrix.finished
+            return ops.pack(matrix)
+
         for layer in self.layers:
             for name in ("qkv", "o", "gate_up", "down"):
-                setattr(layer, name, ops.pack(getattr(layer, name)))
+                setattr(layer, name, packed(getattr(layer, name)))
         if self.shard.is_first_stage:
-            self.head = ops.pack(self.head)
+            if self.head is self.embedding and self.quantization.rounded:
+                self.head = pack([quantize(self.embedding, self.quantization.bits("lm_head"))])
+            else:
+                self.head = packed(self.head)
+
+    def weight_nbytes(self) -> int:
+        """Memory of this rank's parameters."""
+        held: dict[int, Any] = {}
+        for holder, names in ((self, ("embedding", "norm", "head")), *((layer, Layer.__slots__) for layer in self.layers)):
+            held |= {id(value): value for name in names if (value := getattr(holder, name, None)) is not None and name != "window"}
+        return sum(value.numel() * value.itemsize if isinstance(value, Tensor) else value.nbytes for value in held.values())
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """[num_tokens, hidden_size]. A token outside of this rank's rows is zero here, and what it is on one other rank."""

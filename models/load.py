@@ -13,6 +13,7 @@ from models.config import ModelConfig, read_config
 from models.identity import model_hash
 from models.interface import WHOLE, Model, Shard, TensorRanks
 from models.locate import locate
+from models.quantization import FLOATS, Quantization, check_parts, choose
 from models.weights import LoadProgress, fill, find, open_checkpoint
 from protocol.errors import ConfigError, ModelError
 from protocol.kv import KVLayout
@@ -41,6 +42,7 @@ class LoadedModel:
     path: Path
     progress: LoadProgress  # as the load ended
     shard: Shard = WHOLE
+    quantization: Quantization = FLOATS
 
     def kv_layout(self, block_size: int) -> KVLayout:
         """The layout of a KV pool for the whole model; the pool's dtype is the model's. A rank's own pool holds the part that
@@ -63,15 +65,19 @@ def load_model(
     revision: str | None = None,
     shard: Shard = WHOLE,
     ranks: TensorRanks | None = None,
+    quantization: str = "auto",
 ) -> LoadedModel:
     """name: whatever models.locate.locate() finds. Raises ModelError, ConfigError, each one sentence with what to do.
 
     dtype "auto": float32 on the CPU, the checkpoint's own on a GPU. device "auto": a GPU if torch sees one. shard: which part to
-    load; nothing else is read but samples for the hash. ranks: the other tensor ranks, where there are some.
+    load; nothing else is read but samples for the hash. ranks: the other tensor ranks, where there are some. quantization "auto":
+    as the checkpoint is; "int8", "int4": rounded as it is loaded (models/quantization.py).
     """
     assert ranks is not None or shard.parallel.tp_size == 1, "tensor ranks without each other"
     path = locate(name, revision)
     config = read_config(path)
+    held = choose(quantization, config)
+    check_parts(config, held, shard.parallel)
     if config.family == "toy":
         return _load_toy(path, config, device, shard, ranks)
     where = choose_device(device)
@@ -81,16 +87,16 @@ def load_model(
 
     try:
         with torch.inference_mode():
-            model = Llama(config, kind, where, shard, ranks)
+            model = Llama(config, kind, where, shard, ranks, held)
             # The whole model without memory knows the names of all its tensors; the hash covers those, and a tensor that is
             # missing is seen by every rank.
-            names = Llama(config, kind, torch.device("meta")).slots().keys()
-            digest = model_hash(config, find(files, names))
+            names = Llama(config, kind, torch.device("meta"), quantization=held).slots()
+            digest = model_hash(config, find(files, names), held.rounded)
             state = fill(files, model.slots(), progress)
             model.pack()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ModelError(f"{path}: the weights do not fit into the memory of {where} ({error})") from error
-    return LoadedModel(model, config, digest, kind, where, path, state, shard)
+    return LoadedModel(model, config, digest, kind, where, path, state, shard, held)
 
 
 def _load_toy(path: Path, config: ModelConfig, device: str, shard: Shard, ranks: TensorRanks | None) -> LoadedModel:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from models.checkpoint import read_header, weight_files
 from protocol.errors import ModelError
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I32": torch.int32}
 
 
 class LoadProgress(msgspec.Struct, frozen=True):
@@ -36,9 +37,36 @@ class LoadProgress(msgspec.Struct, frozen=True):
         return self.bytes_done / 1e9 / self.seconds if self.seconds > 0 else 0.0
 
 
+class Target(Protocol):
+    """Where one checkpoint tensor, or a part of it, goes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor in the checkpoint."""
+
+    @property
+    def rows(self) -> range:
+        """What of axis 0 is read."""
+
+    @property
+    def num_taken(self) -> int:
+        """Numbers of it that this rank reads."""
+
+    @property
+    def is_float(self) -> bool:
+        """Or integers, of a quantised checkpoint."""
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether a checkpoint may lack it; then None is taken."""
+
+    def take(self, source: Tensor | None) -> None:
+        """Those rows: a view that is valid during this call. Raises ModelError."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """Where one checkpoint tensor, or a part of it, goes: a view into a parameter. arrange reorders the part on the way, None
+    """A Target that is a view into a parameter of floats. arrange reorders the part on the way, None
     leaves it as it is.
 
     The part is [start, start + its own size) of axis 0 (rows) or 1 (columns), of `total` in the checkpoint; None: all of it.
@@ -49,6 +77,8 @@ class Slot:
     axis: int = 0
     start: int = 0
     total: int | None = None
+    is_float: bool = True
+    is_optional: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,6 +97,17 @@ class Slot:
     @property
     def columns(self) -> slice:
         return slice(self.start, self.start + self.target.shape[1]) if self.axis == 1 else slice(None)
+
+    @property
+    def num_taken(self) -> int:
+        return self.target.numel()
+
+    def take(self, source: Tensor | None) -> None:
+        """A part of the rows touches no page but its own. Columns are picked out of every row, a row's pages being neighbours."""
+        assert source is not None
+        if self.axis == 1:
+            source = source[:, self.columns]
+        self.target.copy_(source if self.arrange is None else self.arrange(source))
 
 
 class SafetensorsFile:
@@ -138,15 +179,15 @@ def open_checkpoint(folder: Path) -> list[SafetensorsFile]:
 
 def fill(
     files: list[SafetensorsFile],
-    slots: dict[str, Slot],
+    slots: Mapping[str, Target],
     progress: Callable[[LoadProgress], None] | None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LoadProgress:
-    """Copy what the slots ask for out of the files. Returns the last progress.
+    """Hand what the slots ask for out of the files to them. Returns the last progress.
 
     Tensors that no slot names are left alone. Raises ModelError.
     """
-    where = find(files, slots.keys())
+    where = find(files, slots)
     total = sum(_part_nbytes(file, name, slots[name]) for name, file in where.items())
     started = clock()
     state = LoadProgress(0, total, 0.0)
@@ -157,23 +198,24 @@ def fill(
                 f"{file.path}: tensor {name} has shape {list(file.shape(name))}, config.json asks for "
                 f"{list(slot.shape)}; they do not belong together"
             )
-        # A part of the rows touches no page but its own. Columns are picked out of every row, a row's pages being neighbours.
-        source = file.tensor(name, slot.rows)
-        if slot.axis == 1:
-            source = source[:, slot.columns]
-        slot.target.copy_(source if slot.arrange is None else slot.arrange(source))
-        del source
+        if file.dtype(name).is_floating_point != slot.is_float:
+            found, wanted = str(file.dtype(name)).removeprefix("torch."), "floats" if slot.is_float else "int32"
+            raise ModelError(f"{file.path}: tensor {name} is {found}; by config.json (quantization_config) {wanted} belong there")
+        slot.take(file.tensor(name, slot.rows))
         file.give_back(*file.span(name, slot.rows))
         state = LoadProgress(state.bytes_done + _part_nbytes(file, name, slot), total, clock() - started)
         if progress is not None:
             progress(state)
+    for name in slots.keys() - where.keys():
+        slots[name].take(None)
     return state
 
 
-def find(files: list[SafetensorsFile], names: Collection[str]) -> dict[str, SafetensorsFile]:
-    """Which file holds each of these tensors, in the order to read them in. Raises ModelError when one is missing."""
-    where = {name: file for file in files for name in file.names() if name in names}
-    missing = sorted(set(names) - where.keys())
+def find(files: list[SafetensorsFile], slots: Mapping[str, Target]) -> dict[str, SafetensorsFile]:
+    """Which file holds each of these tensors, in the order to read them in. Raises ModelError when one that must be there is
+    missing."""
+    where = {name: file for file in files for name in file.names() if name in slots}
+    missing = sorted(name for name in slots.keys() - where.keys() if not slots[name].is_optional)
     if missing:
         raise ModelError(
             f"{files[0].path.parent}: {len(missing)} tensors are missing from the checkpoint, first {missing[0]}; "
@@ -182,5 +224,5 @@ def find(files: list[SafetensorsFile], names: Collection[str]) -> dict[str, Safe
     return where
 
 
-def _part_nbytes(file: SafetensorsFile, name: str, slot: Slot) -> int:
-    return slot.target.numel() * file.dtype(name).itemsize
+def _part_nbytes(file: SafetensorsFile, name: str, slot: Target) -> int:
+    return slot.num_taken * file.dtype(name).itemsize

@@ -19,6 +19,8 @@ import msgspec
 
 from engine.batch import Chunk
 from engine.blocks import BlockPool, OutOfBlocks
+from engine.cores import BORROWED_S, Cores
+from engine.pace import Load, Pace
 from engine.prefix import attach_prefix, forget_prefix, seal_full_blocks
 from engine.runner import ModelRunner, StepResult
 from engine.sampler import Sample
@@ -142,7 +144,10 @@ class PrefillWorker:
         self.is_draining = False
         self.last_token_at: float | None = None
         self._counts: dict[str, float] = defaultdict(float)
+        self._step_s = 0.0  # of the newest step
         self.step_log: StepLog | None = None
+        self.cores: Cores | None = None  # who says how many threads a step may use; none: always the runner's number
+        self.pace = Pace()
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
@@ -318,6 +323,8 @@ class PrefillWorker:
     async def run(self) -> None:
         while True:
             if not self._active and not self._admit():
+                if self.cores is not None:
+                    self.cores.rest()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
@@ -330,7 +337,7 @@ class PrefillWorker:
         tokens: list[tuple[str, int]] = []
         started = self._clock()
         try:
-            planned = plan([job.sequence for job in in_step], self.settings.max_num_batched_tokens)
+            planned = plan([job.sequence for job in in_step], self._max_tokens(in_step))
             jobs = {id(job.sequence): job for job in in_step}
             in_step = [jobs[id(sequence)] for sequence, _ in planned] or in_step
             chunks = [jobs[id(sequence)].chunk(num_tokens) for sequence, num_tokens in planned]
@@ -340,6 +347,7 @@ class PrefillWorker:
             try:
                 extras = self._extras(pushes)
                 result = await self._compute(lambda: self.runner.run(chunks, lambda layer: _push(layer, pushes), extras))
+                self.pace.learn(result.stats, self.runner.num_threads or 0)
             finally:
                 self._in_step = False
             self._emit(chunks, result, jobs)
@@ -347,11 +355,23 @@ class PrefillWorker:
             for job in in_step:
                 self._give_up(job, _step_failed(error))
         self._counts["num_steps"] += 1
-        seconds = self._clock() - started
+        seconds = self._step_s = self._clock() - started
         self._counts["step_s"] += seconds
         if self.step_log is not None:
             self.step_log.step(started, seconds, tokens, len(self._active), len(self._waiting), self.pool)
         self._act()
+
+    def _max_tokens(self, jobs: list[Job]) -> int:
+        """Of the next step; and its threads are taken. Work on borrowed cores is cut: their owner may wake at any time."""
+        most = self.settings.max_num_batched_tokens
+        if self.cores is None:
+            return most
+        first = jobs[0].sequence.num_computed if jobs else 0
+        left = sum(job.sequence.num_uncomputed for job in jobs)
+        offered = self.cores.take(self._step_s)
+        choice = self.pace.choose(BORROWED_S, self.cores.num_own, offered, Load(first, min(most, left)))
+        self.runner.num_threads = choice.num_threads
+        return choice.max_tokens
 
     def _extras(self, pushes: list[Push]) -> Extras:
         """What the other ranks push beside what `_push` pushes here. Nobody else writes to this pool, so steps may overlap."""

@@ -60,19 +60,21 @@ class Fit:
         if self.num_observations >= TRUSTED_AFTER:
             scale = sum(t * v for t, v in zip(self.theta, x, strict=True))
         x, y = [v / scale for v in x], max(0.2, min(5.0, y / scale))
-        for i, v in enumerate(x):
-            self._b[i] = FORGETTING * self._b[i] + v * y
-            row = self._a[i]
-            for j, w in enumerate(x):
-                row[j] = FORGETTING * row[j] + v * w
+        self._b = [FORGETTING * b + v * y for b, v in zip(self._b, x, strict=True)]
+        self._a = [[FORGETTING * a + v * w for a, w in zip(row, x, strict=True)] for row, v in zip(self._a, x, strict=True)]
         self.num_observations += 1
         self._solve()
 
     def _solve(self) -> None:
         """Non-negative least squares by trying which coefficients are free: there are at most three."""
         size = range(len(self._b))
-        a = [[self._a[i][j] + self._prior_a[i][j] for j in size] for i in size]
-        b = [self._b[i] + self._prior_b[i] for i in size]
+        a = [[v + w for v, w in zip(row, prior, strict=True)] for row, prior in zip(self._a, self._prior_a, strict=True)]
+        b = [v + w for v, w in zip(self._b, self._prior_b, strict=True)]
+        if len(b) == 3:
+            found = _solve_three(a, b)  # nearly always the answer
+            if found is not None and min(found) >= 0:
+                self.theta = [max(self._floor, found[0]), found[1], found[2]]
+                return
         best, best_loss = self.theta, math.inf
         for subset in self._subsets:
             found = _solve_linear([[a[i][j] for j in subset] for i in subset], [b[i] for i in subset])
@@ -88,6 +90,26 @@ class Fit:
             if loss < best_loss:
                 best, best_loss = theta, loss
         self.theta = [max(self._floor, best[0]), *best[1:]]
+
+
+def _solve_three(a: list[list[float]], b: list[float]) -> tuple[float, float, float] | None:
+    """The same for three unknowns, written out: symmetric a = L D L^T, which scales of rows and columns do not matter to."""
+    (a00, a01, a02), (_, a11, a12), (_, _, a22) = a
+    if a00 <= 0 or a11 <= 0 or a22 <= 0:
+        return None
+    l10, l20 = a01 / a00, a02 / a00
+    d1 = a11 - l10 * a01
+    if d1 < 1e-12 * a11:
+        return None
+    rest = a12 - l20 * a01
+    l21 = rest / d1
+    d2 = a22 - l20 * a02 - l21 * rest
+    if d2 < 1e-12 * a22:
+        return None
+    y1 = b[1] - l10 * b[0]
+    z = (b[2] - l20 * b[0] - l21 * y1) / d2
+    y = y1 / d1 - l21 * z
+    return b[0] / a00 - l10 * y - l20 * z, y, z
 
 
 def _solve_linear(a: list[list[float]], b: list[float]) -> list[float] | None:

@@ -6,7 +6,7 @@ A row is kept as what was at hand when it was decided, and made into JSON when s
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -26,6 +26,12 @@ class Candidate(NamedTuple):
     why_not: str = ""
 
 
+class Looked(Protocol):
+    """Whom a placement looked at, as numbers."""
+
+    def candidates(self) -> tuple[Candidate, ...]: ...
+
+
 class Row:
     """One request, over all its attempts."""
 
@@ -33,7 +39,7 @@ class Row:
         self.admit = admit
         self.at = now
         self.steps: list[tuple[float, str, dict[str, Any]]] = []
-        self.candidates: tuple[Candidate, ...] = ()
+        self.looked: Looked | None = None
         self.outcome: Outcome | None = None
         self.first_token_s: float | None = None
 
@@ -55,7 +61,7 @@ class Row:
             },
             "promise": {"ttft_s": admit.ttft_slo_s, "tpot_s": admit.tpot_slo_s},
             "steps": [{"at_s": at - self.at, "what": what, **details} for at, what, details in self.steps],
-            "candidates": [candidate._asdict() for candidate in self.candidates],
+            "candidates": [candidate._asdict() for candidate in (self.looked.candidates() if self.looked is not None else ())],
             "came_true": None
             if outcome is None and self.first_token_s is None
             else {
@@ -103,11 +109,11 @@ class Decisions:
         if row is not None and len(row.steps) < MAX_STEPS:
             row.steps.append((now, what, details))
 
-    def saw(self, request_id: str, candidates: tuple[Candidate, ...]) -> None:
+    def saw(self, request_id: str, looked: Looked) -> None:
         """Whom its last placement looked at."""
         row = self._rows.get(request_id)
         if row is not None:
-            row.candidates = candidates
+            row.looked = looked
 
     def first_token(self, request_id: str, seconds: float) -> None:
         row = self._rows.get(request_id)

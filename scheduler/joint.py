@@ -39,6 +39,7 @@ from scheduler.table import (
     TOKENS,
     Bools,
     Floats,
+    Ints,
     Pool,
     Rows,
 )
@@ -92,14 +93,14 @@ class Joint:
         self.waits_for_decode = self.lacks_size = True
         rows = pool.decode
         usable = view.usable(rows) if len(rows) else np.zeros(0, dtype=bool)
-        if admit.excluded and not usable.any():
+        if admit.excluded and not np.count_nonzero(usable):
             usable = self._again(rows, queued_at)
-        if not usable.any():
+        if not np.count_nonzero(usable):
             return Blocked.NO_WORKER
         found: Placement | Blocked = Blocked.NO_ROOM
         ours = usable & ~rows.is_overflow if rows.has_overflow else usable
         left = self._left(admit, queued_at, now)
-        if ours.any():
+        if np.count_nonzero(ours):
             found = self._place(view, ours, left)
         if rows.has_overflow and (isinstance(found, Blocked) or found.ttft_s > left):
             return self._on_overflow(view, usable & rows.is_overflow, left) or found
@@ -178,7 +179,7 @@ class Joint:
 
     def _among_equals(self, rows: Rows, score: Floats, least: float, load: Floats) -> int:
         """Of those that are as good as the best: by price and kind, then the least loaded, then who came first."""
-        equal = np.flatnonzero(score <= least + abs(least) * EQUAL + 1e-4)
+        equal = (score <= least + abs(least) * EQUAL + 1e-4).nonzero()[0]
         if len(equal) == 1:
             return int(equal[0])
         if rows.differ:
@@ -192,17 +193,21 @@ class Joint:
         all the same while others are free, because it has been weighed against them."""
         rows = view.pool.prefill
         waiting = rows.live[NUM_PREFILLS]
-        if any(cost.prefill.num_observations < TRUSTED_AFTER for cost in rows.costs):  # no order of magnitude is known yet
+        if not self.is_known(rows):  # no order of magnitude is known yet
             deep = (prefills.queue_s > self._rules.max_prefill_queue_s) & (waiting >= 2)
             return bool(deep[best])
         lookahead_s = self.lookahead_s(view.admit)
+        if self.circumstances.keeps_short:
+            lookahead_s = 0.0
+        if waiting[best] < 1 or prefills.queue_s[best] <= lookahead_s:
+            return False
         can = np.isfinite(prefills.ttft_s)
         # What goes into its next step with others would only lose by waiting here.
         fits = rows.live[TOKENS] - rows.live[HEAD_TOKENS] + view.admit.prompt_len - prefills.cached <= rows.batch
         if self.circumstances.keeps_short:
-            fits, lookahead_s = waiting < 1, 0.0
+            fits = waiting < 1
         free = ((prefills.queue_s <= lookahead_s) | (waiting < 1) | fits) & can
-        if free.any():
+        if np.count_nonzero(free):
             return False
         self.free_in_s = float(prefills.queue_s[can].min()) - lookahead_s
         return True
@@ -219,15 +224,20 @@ class Joint:
         self._seen = (self._seen[0], decodes)
         rows = view.pool.decode
         packs = view.limit() > self.tightest_tpot_s * (1 + EQUAL)
-        if decodes.keeps.any():
+        if np.count_nonzero(decodes.keeps):
             if packs:
-                load = np.where(decodes.keeps, rows.live[DECODING] + rows.live[COMING], -1.0)
-                return self._among_equals(rows, -load, -float(load.max()), -rows.live[AT_END])
-            tpot = np.where(decodes.keeps, decodes.tpot_s, math.inf)
-            return self._among_equals(rows, tpot, float(tpot.min()), rows.live[AT_END])
-        if is_last and not self.is_trusted(rows) and decodes.has_room.any():
+                score = np.where(decodes.keeps, -rows.live[DECODING] - rows.live[COMING], 1.0)
+                return self._among_equals(rows, score, float(score[score.argmin()]), -rows.live[AT_END])
+            score = np.where(decodes.keeps, decodes.tpot_s, math.inf)
+            return self._among_equals(rows, score, float(score[score.argmin()]), rows.live[AT_END])
+        if is_last and not self.is_trusted(rows) and np.count_nonzero(decodes.has_room):
             return int(np.where(decodes.has_room, decodes.tpot_s, math.inf).argmin())
         return None
+
+    @staticmethod
+    def is_known(rows: Rows) -> bool:
+        """Whether enough prefills of each kind were seen."""
+        return all(cost.prefill.num_observations >= TRUSTED_AFTER for cost in rows.costs)
 
     @staticmethod
     def is_trusted(rows: Rows) -> bool:
@@ -286,39 +296,54 @@ class Joint:
 
     # ---- why -------------------------------------------------------------------------------------------------------
 
-    def candidates(self) -> tuple[Candidate, ...]:
+    def candidates(self) -> Looked:
         """The best few of each role, as the last `place` saw them."""
-        if self.view is None:
-            return ()
         prefills, decodes = self._seen
-        out: list[Candidate] = []
+        if self.view is None:
+            return Looked((), None, (), None)
+        pool = self.view.pool
+        first: list[WorkerState] = []
+        of_first = second = None
         if prefills is not None:
-            rows = self.view.pool.prefill
-            for i in _smallest(prefills.ttft_s):
-                ttft_s = float(prefills.ttft_s[i])
-                can = math.isfinite(ttft_s)
-                out.append(
-                    Candidate(
-                        rows.workers[i].info.name,
-                        "prefill",
-                        queue_s=float(prefills.queue_s[i]),
-                        ttft_s=ttft_s if can else None,
-                        cached=int(prefills.cached[i]),
-                        load=int(rows.live[NUM_PREFILLS, i]),
-                        why_not="" if can else "cannot take it",
-                    )
-                )
+            few = _smallest(prefills.ttft_s)
+            first = [pool.prefill.workers[i] for i in few.tolist()]
+            of_first = np.array(
+                (prefills.queue_s[few], prefills.ttft_s[few], prefills.cached[few], pool.prefill.live[NUM_PREFILLS][few])
+            )
+        after: list[WorkerState] = []
         if decodes is not None:
-            rows = self.view.pool.decode
-            for i in _smallest(np.where(decodes.keeps, decodes.tpot_s, decodes.tpot_s + 1e6)):
-                why = "" if decodes.keeps[i] else "would break a promise" if decodes.has_room[i] else "no room"
-                load = int(rows.live[DECODING, i] + rows.live[COMING, i])
-                out.append(Candidate(rows.workers[i].info.name, "decode", None, None, float(decodes.tpot_s[i]), 0, load, why))
+            few = _smallest(np.where(decodes.keeps, decodes.tpot_s, decodes.tpot_s + 1e6))
+            after = [pool.decode.workers[i] for i in few.tolist()]
+            live = pool.decode.live
+            load = live[DECODING][few] + live[COMING][few]
+            second = np.array((decodes.tpot_s[few], decodes.keeps[few], decodes.has_room[few], load))
+        return Looked(first, of_first, after, second)
+
+
+class Looked(NamedTuple):
+    """Numbers of the best few of each role as they were; made into candidates when somebody asks why."""
+
+    prefills: Sequence[WorkerState]
+    of_prefills: Floats | None  # [queue, ttft, cached, load; few]
+    decodes: Sequence[WorkerState]
+    of_decodes: Floats | None  # [tpot, keeps, has room, load; few]
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        out: list[Candidate] = []
+        if self.of_prefills is not None:
+            for worker, (queue_s, ttft_s, cached, load) in zip(self.prefills, self.of_prefills.T.tolist(), strict=True):
+                can = math.isfinite(ttft_s)
+                seen = (ttft_s, "") if can else (None, "cannot take it")
+                out.append(Candidate(worker.info.name, "prefill", queue_s, seen[0], None, int(cached), int(load), seen[1]))
+        if self.of_decodes is not None:
+            for worker, (tpot_s, keeps, has_room, load) in zip(self.decodes, self.of_decodes.T.tolist(), strict=True):
+                why = "" if keeps else "would break a promise" if has_room else "no room"
+                out.append(Candidate(worker.info.name, "decode", None, None, tpot_s, 0, int(load), why))
         return tuple(out)
 
 
-def _smallest(values: Floats) -> list[int]:
-    if len(values) <= NUM_CANDIDATES:
-        return [int(i) for i in values.argsort()]
-    few = np.argpartition(values, NUM_CANDIDATES)[:NUM_CANDIDATES]
-    return [int(i) for i in few[values[few].argsort()]]
+def _smallest(values: Floats) -> Ints:
+    if len(values) > NUM_CANDIDATES:
+        few = values.argpartition(NUM_CANDIDATES)[:NUM_CANDIDATES]
+        return few[values[few].argsort()]
+    return values.argsort()

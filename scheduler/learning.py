@@ -68,8 +68,12 @@ def learn_from_beat(worker: WorkerState, before: WorkerStats | None, after: Work
     num_generated = after.generation_tokens - before.generation_tokens
     if num_prompt > 0.02 * num_generated or num_generated <= 0:
         return
-    num_seqs = num_generated / num_steps
-    context = worker.num_context_tokens * num_seqs / max(1.0, worker.num_decoding)
+    # With speculation a step yields several tokens of a sequence; what is learned is the time of one.
+    num_slots = (after.decode_slots - before.decode_slots) or num_generated
+    num_seqs = num_slots / num_steps
+    step_s *= num_slots / num_generated
+    # Of those that decode: what is still being prefilled elsewhere is in no step here.
+    context = (worker.num_context_tokens - worker.num_coming_tokens) * num_seqs / max(1.0, worker.num_decoding)
     predicted = worker.cost.decode_s(num_seqs, context)
     worker.cost.decode_error.observe(step_s, predicted * worker.decode_drift.factor)
     worker.cost.observe_decode(num_seqs, context, step_s)
@@ -90,4 +94,5 @@ def learn_from_outcome(entry: Entry, outcome: Outcome, now: float) -> None:
     if entry.tpot_limit < math.inf and num_tokens >= MIN_MARGIN_TOKENS:
         worker.cost.tpot_margin.observe(tpot_s <= entry.tpot_limit)
     if now - worker.clean_decode_at >= CLEAN_S:
-        worker.cost.observe_decode(max(1, worker.num_decoding), worker.num_context_tokens, tpot_s)
+        context = worker.num_context_tokens - worker.num_coming_tokens
+        worker.cost.observe_decode(max(1, worker.num_decoding), context, tpot_s)

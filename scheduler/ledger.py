@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from scheduler.table import Rows
 
 MISSES = 3  # heartbeats without a request that was there: its end got lost
+REST = 0.75  # of the expected length, beyond which a request that still runs is taken for a longer one
 UNSEEN_S = 15.0  # a placement that no heartbeat ever mentioned: the gateway never came
 
 
@@ -44,6 +45,7 @@ class Entry:
         tpot_limit: float = math.inf,
         ttft_s: float = 0.0,
         tpot_s: float = 0.0,
+        max_tokens: int = 2**30,
     ) -> None:
         self.request_id = request_id
         self.epoch = epoch
@@ -66,6 +68,17 @@ class Entry:
         self.num_missed = 0  # heartbeats since then that did not
         self.num_missed_prefill = 0
         self.prefill_is_seen = False
+        # Summed over its choices, half way through their expected output.
+        self.num_context_tokens = num_choices * (prompt_len + expected_output / 2)
+        self.num_blocks_now = blocks_to_reserve(decode.info, prompt_len, num_choices)
+        self.max_tokens = max_tokens
+        self.num_blocks_held = 0  # at its end, once that is known
+        self.num_blocks_at_end = blocks_at_end(decode.info, prompt_len, num_choices, expected_output)
+
+    def ended(self, output_tokens: int) -> None:
+        """With so many tokens of all its choices."""
+        each = output_tokens / self.num_choices
+        self.num_blocks_held = blocks_at_end(self.decode.info, self.prompt_len, self.num_choices, each)
 
     @property
     def prefilling_at(self) -> WorkerState:
@@ -76,19 +89,6 @@ class Entry:
     def uncached(self) -> int:
         """Prompt tokens to be computed."""
         return self.prompt_len - self.cached
-
-    @property
-    def num_context_tokens(self) -> float:
-        """Summed over its choices, half way through their expected output."""
-        return self.num_choices * (self.prompt_len + self.expected_output / 2)
-
-    @property
-    def num_blocks_now(self) -> int:
-        return blocks_to_reserve(self.decode.info, self.prompt_len, self.num_choices)
-
-    @property
-    def num_blocks_at_end(self) -> int:
-        return blocks_at_end(self.decode.info, self.prompt_len, self.num_choices, self.expected_output)
 
 
 def blocks_to_reserve(info: WorkerInfo, prompt_len: int, num_choices: int) -> int:
@@ -249,7 +249,7 @@ class Ledger:
         if not entry.is_seen:
             decode.blocks_unseen -= entry.num_blocks_now
         elif entry.num_missed == 0:  # the last heartbeat still counted its blocks as used
-            decode.blocks_returned += entry.num_blocks_now
+            decode.blocks_returned += max(entry.num_blocks_now, entry.num_blocks_held)
         decode.is_full = False
 
     def _leave_prefill(self, entry: Entry, now: float) -> None:
@@ -276,7 +276,11 @@ class Ledger:
             return []
         worker.is_full = False
         worker.blocks_returned = 0
+        step_s = worker.cost.decode_s(worker.num_decoding, worker.num_context_tokens - worker.num_coming_tokens)
+        step_s *= worker.decode_drift.factor
         for entry in list(worker.entries.values()):
+            if entry.first_token_at is not None and now - entry.first_token_at > REST * entry.expected_output * step_s:
+                self._outlives(entry, (now - entry.first_token_at) / step_s)
             if running.get(entry.request_id, -1) >= entry.epoch:
                 if not entry.is_seen:
                     entry.is_seen = True
@@ -288,7 +292,23 @@ class Ledger:
                     self.free(entry, now)
             elif now - entry.placed_at > UNSEEN_S:
                 self.free(entry, now)
+        unknown = [(r, e) for r, e in running.items() if r not in self.entries]
+        if not unknown or not any(not is_over(r, e) for r, e in unknown):
+            return []
         return self._adopt(worker, {r: e for r, e in running.items() if not is_over(r, e)}, now)
+
+    def _outlives(self, entry: Entry, generated: float) -> None:
+        """It has had more tokens than it was expected to get, or nearly: it will hold more at its end. Nobody knows its length; what
+        has come so far says that it is a long one."""
+        info, before = entry.decode.info, entry.num_blocks_at_end
+        expected = max(entry.expected_output, min(float(entry.max_tokens), generated + (1 - REST) * entry.expected_output))
+        after = blocks_at_end(info, entry.prompt_len, entry.num_choices, expected)
+        if after <= before:
+            return
+        self._hold(entry, -1)
+        entry.num_blocks_at_end = after
+        self._hold(entry, 1)
+        entry.decode.blocks_at_end += after - before
 
     def _correct_prefills(self, worker: WorkerState, running: dict[str, int], now: float) -> None:
         for entry in list(worker.prefills.values()):

@@ -277,13 +277,13 @@ class Placing:
             tpot_limit=placement.tpot_limit,
             ttft_s=placement.ttft_s,
             tpot_s=placement.tpot_s,
+            max_tokens=admit.max_tokens,
         )
         self._scheduler.ledger.book(entry, now)
         spec = self._scheduler.tenants.tenant(admit.tenant)
         if self._scheduler.use_index:
-            for worker in (placement.decode, placement.prefill):
-                if worker is not None:
-                    self._scheduler.index.insert(worker.incarnation, admit.prefix_hashes, admit.tenant, spec.cache_share)
+            both = [worker.incarnation for worker in (placement.decode, placement.prefill) if worker is not None]
+            self._scheduler.index.insert(both, admit.prefix_hashes, admit.tenant, spec.cache_share)
         predicted = placement.expected_output * admit.num_choices
         self._scheduler.fairness.charge(admit.request_id, item.band, admit.tenant, spec.weight, admit.prompt_len, predicted)
         self._scheduler.records.count("placed")

@@ -21,6 +21,7 @@ class Matches(Mapping[str, int]):
     """What was found: read as a mapping by worker, or as a column by the workers' bits. Valid until a worker comes or goes."""
 
     def __init__(self, levels: list[tuple[int, int]], bit_of: dict[str, int], num_bits: int) -> None:
+        self._columns: dict[int, tuple[Any, Any]] = {}  # by whose bits they are, which are kept so that nobody else has their id
         self._levels = levels
         self._bit_of = bit_of
         self._num_bits = num_bits
@@ -47,7 +48,16 @@ class Matches(Mapping[str, int]):
         return len(self._dict())
 
     def column(self, bits: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Length of the match of each worker whose bit is named, as floats; 0 for none."""
+        """Length of the match of each worker whose bit is named, as floats; 0 for none. Not to be written to."""
+        known = self._columns.get(id(bits))
+        if known is None:
+            if len(self._columns) >= 4:
+                self._columns.clear()
+            known = self._columns[id(bits)] = bits, self._column(bits)
+        found: np.ndarray[Any, np.dtype[np.float64]] = known[1]
+        return found
+
+    def _column(self, bits: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
         lengths = np.zeros(self._num_bits)
         num_bytes = -(-self._num_bits // 8)
         for mask, length in self._levels:
@@ -81,21 +91,24 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._holders)
 
-    def insert(self, worker: str, hashes: Sequence[bytes], tenant: str = "", share: float = 1.0) -> None:
-        """`worker` holds, or soon will, the prefix that ends with each of `hashes`. share: of the whole index that this tenant may
+    def insert(self, workers: Sequence[str], hashes: Sequence[bytes], tenant: str = "", share: float = 1.0) -> None:
+        """Each of `workers` holds, or soon will, the prefix that ends with each of `hashes`. share: of the whole index that this tenant may
         fill (hashes are salted by tenant, so each belongs to one); its own least recently used ones go when it has more."""
         if not hashes:
             return
         if share < 1.0:
             self._keep_share(tenant, hashes, max(1, int(share * self.max_hashes)))
-        mask = 1 << self.bit(worker)
+        mask = 0
+        for worker in workers:
+            mask |= 1 << self.bit(worker)
         holders = self._holders
         # Backwards, so that a prompt's first blocks are the most recently used and outlive its last ones: without its
         # beginning a prefix cannot be found at all.
+        get, move_to_end = holders.get, holders.move_to_end
         most = self.max_hashes if share >= 1.0 else max(1, int(share * self.max_hashes))
         for block_hash in reversed(hashes[:most]):
-            holders[block_hash] = holders.get(block_hash, 0) | mask
-            holders.move_to_end(block_hash)
+            holders[block_hash] = get(block_hash, 0) | mask
+            move_to_end(block_hash)
         while len(holders) > self.max_hashes:
             holders.popitem(last=False)
 

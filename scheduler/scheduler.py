@@ -265,6 +265,7 @@ class Scheduler:
             if kind == "finished":
                 self.costs.output(entry.model).observe(message.output_tokens / entry.num_choices, entry.tenant)
                 learn_from_outcome(entry, message, now)
+            entry.ended(message.output_tokens)
             self.free(entry, now)
 
     # ---- workers ---------------------------------------------------------------------------------------------------

@@ -299,6 +299,11 @@ def is_kept(outcome: Outcome, promise: Promise) -> bool:
     return outcome.kind == "finished" and own.is_kept(outcome.ttft_s, tpot_of(outcome))
 
 
+def keeps_ttft(outcome: Outcome, promise: Promise) -> bool:
+    """Whether it finished, and its first token came within its class's promise, and within its own where it has one."""
+    return outcome.kind == "finished" and outcome.ttft_s <= min(promise.ttft_s, outcome.ttft_slo_s or math.inf)
+
+
 def tpot_of(outcome: Outcome) -> float | None:
     """Seconds per token after the first; None for a request of one token."""
     return outcome.tpot_s if outcome.output_tokens > 1 and outcome.tpot_s > 0 else None

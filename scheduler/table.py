@@ -24,7 +24,9 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 TAKES, BACKLOG_S, HEAD_S, HEAD_SINCE, NUM_PREFILLS, PREFILL_DRIFT = range(6)
 DECODING, COMING, CONTEXT, AT_END, FREE, DECODE_DRIFT, TPOT_LIMIT = range(6, 13)
 TOKENS, HEAD_TOKENS, COMING_CONTEXT = range(13, 16)  # uncached ones of all prompts in the prefill queue, of its first
-NUM_COLUMNS = 16
+TOGETHER, RESIDENT = range(16, 18)  # prompts that go into a step with another one; tokens of context of those that decode
+SEEN_AT = 18  # when the last heartbeat came
+NUM_COLUMNS = 19
 
 
 def _row(worker: WorkerState) -> tuple[float, ...]:
@@ -46,7 +48,16 @@ def _row(worker: WorkerState) -> tuple[float, ...]:
         worker.prefill_tokens,
         first.uncached if first is not None else 0,
         worker.num_coming_tokens,
+        _together(worker) if len(worker.prefills) > 1 else 0.0,
+        worker.num_context_tokens - worker.num_coming_tokens,
+        worker.last_beat_at,
     )
+
+
+def _together(worker: WorkerState) -> float:
+    """Of the prompts that wait there, how many do not begin a step of their own."""
+    batch = worker.info.max_num_batched_tokens
+    return max(0.0, len(worker.prefills) - max(1.0, worker.prefill_tokens / batch)) if batch > 0 else 0.0
 
 
 class Rows:
@@ -92,6 +103,7 @@ class Rows:
         self.one_block_size: Any = float(sizes.pop()) if len(sizes) == 1 else self.block_size
         self.block_nbytes = _floats(i.layout.block_nbytes for i in infos)
         nbytes = {i.layout.block_nbytes for i in infos}
+        self.least_blocks = min((i.num_blocks for i in infos), default=0)
         self.one_block_nbytes: Any = float(nbytes.pop()) if len(nbytes) == 1 else self.block_nbytes
         self.batch = _floats(i.max_num_batched_tokens for i in infos)  # of one step; 0: not told
         self.chunk = _floats(i.max_num_batched_tokens or 256 for i in infos)

@@ -28,8 +28,10 @@ from scheduler.table import (
     HEAD_SINCE,
     NUM_PREFILLS,
     PREFILL_DRIFT,
+    RESIDENT,
+    SEEN_AT,
     TAKES,
-    TOKENS,
+    TOGETHER,
     TPOT_LIMIT,
     Bools,
     Floats,
@@ -37,6 +39,7 @@ from scheduler.table import (
     Rows,
 )
 
+MAX_UNSEEN_S = 2.0  # of growth since a heartbeat that are believed
 MOST_DRIFT = 2.0  # of scheduler.cost.Drift
 ROOM_FOR = 4.0  # requests like its own that a tenant with more than its share leaves room for on each decode worker
 UNTRIED = 1.5  # how much slower than a prefill worker a decode worker is taken to prefill before it has shown it
@@ -108,20 +111,20 @@ class View:
         work = (a + b * (n - c) / 1e3 + square * (n * n - c * c) / 1e6) * live[PREFILL_DRIFT]
         blocks = rows.num_blocks_for(n)
         ttft = queue + work + self.transfer_s(rows)
-        ttft = np.where(usable & (blocks <= rows.num_blocks), ttft, math.inf)
+        if not isinstance(blocks, float) or blocks > rows.least_blocks:
+            usable = usable & (blocks <= rows.num_blocks)
+        if np.count_nonzero(usable) < len(usable):
+            ttft = np.where(usable, ttft, math.inf)
         return Prefills(queue, work, ttft, c if isinstance(c, np.ndarray) else np.zeros(len(rows)))
 
     def _queue_s(self, rows: Rows, a: Any) -> Any:
         """Until a prompt that joins now would begin; a: the constant of a step."""
         live = rows.live
-        waiting = live[NUM_PREFILLS]
-        if not waiting.any():
+        if not np.count_nonzero(live[NUM_PREFILLS]):
             return np.zeros(len(rows))
         done = np.minimum(live[HEAD_S], np.maximum(0.0, self.now - live[HEAD_SINCE]))
         # Prompts that go into one step together pay its constant once.
-        together = waiting - np.maximum(1.0, live[TOKENS] / np.maximum(1.0, rows.batch))
-        saved = np.where(rows.batch > 0, np.maximum(0.0, together), 0.0) * a * live[PREFILL_DRIFT]
-        return np.maximum(0.0, live[BACKLOG_S] - done - saved)
+        return np.maximum(0.0, live[BACKLOG_S] - done - live[TOGETHER] * a * live[PREFILL_DRIFT])
 
     def transfer_s(self, rows: Rows) -> Any:
         """What of the KV's way is left when the prefill is over; its layers travel while the next ones compute."""
@@ -161,38 +164,45 @@ class View:
         found: Floats = (a + b * context / 1e3 + c * num_seqs) * rows.live[DECODE_DRIFT]
         return found
 
-    def decodes(self, rows: Rows, usable: Bools, until_first: Any, extra_s: Any = 0.0) -> Decodes:
+    def decodes(self, rows: Rows, usable: Bools, until_first: Any, extra_s: Any = None) -> Decodes:
         """until_first: seconds until its prefill ends; extra_s: of prefill that the decode worker would do for it."""
         live, admit = rows.live, self.admit
         choices, prompt_len = admit.num_choices, float(admit.prompt_len)
-        decoding, coming, context = live[DECODING], live[COMING], live[CONTEXT]
+        decoding, coming, drift = live[DECODING], live[COMING], live[DECODE_DRIFT]
         there = decoding + coming
         is_empty = there == 0
-        step = self.step_s(rows, decoding, context)
+        a, b, c = rows.theta(_decode_theta)
+        # A step's seconds in parts, so that few passes over the columns do: of those that decode now, and of those that are coming.
+        present = live[RESIDENT] * (b / 1e3) + decoding * c
+        future = live[COMING_CONTEXT] * (b / 1e3)
+        step = (present + future + a) * drift
         # Of those that decode now, some will have ended. Lengths are memoryless here: nobody knows when one stops.
-        survivors = decoding * np.exp(-until_first / (step * self.mean))
-        num_seqs = survivors + coming + choices
-        coming_context = live[COMING_CONTEXT]
-        left = (context - coming_context) * (survivors / np.maximum(1.0, decoding)) + coming_context
+        surviving = np.exp((-1.0 / self.mean) * until_first / step)
         mine = choices * (prompt_len + self.expected / 2)
-        # What it prefills by itself, spread over the tokens that each of those who decode there has before them.
-        stalls = (live[BACKLOG_S] + extra_s) / self.mean
-        tpot = self.step_s(rows, num_seqs, left + mine) + stalls
+        tpot = (present * surviving + future + coming * c + (a + b * mine / 1e3 + c * choices)) * drift
+        stalls: Any = 0.0
+        if extra_s is not None or np.count_nonzero(live[BACKLOG_S]):
+            # What it prefills by itself, spread over the tokens that each of those who decode there has before them.
+            stalls = (live[BACKLOG_S] + (0.0 if extra_s is None else extra_s)) / self.mean
+            tpot += stalls
         blocks = rows.num_blocks_for(prompt_len)
         begin = blocks + choices - (prompt_len % rows.one_block_size != 0)
         if admit.resumption and admit.local_prefill:
             # Choices that differ come back one after the other, so alone it needs no more than the first of them does.
             begin = np.where(is_empty, np.minimum(begin, blocks), begin)
-        seats = usable & (is_empty | (num_seqs <= rows.max_seqs))
-        self.has_seats = bool(seats.any())
+        seats = usable & (is_empty | (decoding * surviving + coming <= rows.max_seqs - choices))
+        self.has_seats = np.count_nonzero(seats) > 0
         if not self.has_seats:
             return Decodes(tpot, seats, seats)
         at_end = live[AT_END] + (blocks + choices * np.ceil(math.ceil(self.expected) / rows.one_block_size))
         # A worker keeps a block free for every other running sequence's next token; so must this prediction.
-        room = seats & (live[FREE] >= begin + there // 2) & (is_empty | (at_end <= rows.num_blocks))
+        # Since its heartbeat those that decode have grown.
+        since = np.minimum(MAX_UNSEEN_S, self.now - live[SEEN_AT])
+        grown = decoding * since / (step * rows.one_block_size)
+        room = seats & (live[FREE] - grown >= begin + there // 2) & (is_empty | (at_end <= rows.num_blocks))
         later = tpot
         if self.leaves_room:
-            later = self.step_s(rows, num_seqs + ROOM_FOR * choices, left + (1 + ROOM_FOR) * mine) + stalls
+            later = tpot + ROOM_FOR * (b * mine / 1e3 + c * choices) * drift
         return Decodes(tpot, room, self._keeps(rows, later, mine, is_empty, choices) & room)
 
     def limit(self) -> float:

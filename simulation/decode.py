@@ -92,20 +92,20 @@ class DecodeWorker(Worker):
         if missing + spare + self._headroom > free - (pool.used - before) or not pool.take(missing + spare, req.at_decode):
             pool.release(req.at_decode)
             return False
-        req.spare, req.sealed, req.context = spare, found, num_tokens
+        req.spare, req.held, req.context = spare, found, num_tokens
         self.prefix_queries += num_tokens
         self.prefix_hits += found * self.hash_len
         return True
 
     def num_missing_tokens(self, req: Req) -> int:
         """What a prefill worker has to send."""
-        return req.context - req.sealed * self.hash_len
+        return req.context - req.held * self.hash_len
 
     # ---- coming and going ------------------------------------------------------------------------------------------
 
     def join(self, req: Req, now: float) -> None:
         """Its KV is here, verified, and its first token known."""
-        req.computed = req.context
+        req.computed, req.sealed = req.context, req.held  # its prefill worker counted those of its own pool
         if req.prefix:
             self._seal(req, req.at_decode)
         self.joins.append(req)

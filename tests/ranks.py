@@ -36,6 +36,7 @@ class Ranks:
         block_size: int = 8,
         num_blocks: int = 256,
         timeout_s: float = 20.0,
+        quantization: str = "auto",
         change: Callable[[LoadedModel, int], None] | None = None,
         make_on_layer: Callable[[int, ModelRunner], Callable[[Pushes], OnLayer]] | None = None,
         **more: Any,
@@ -43,6 +44,7 @@ class Ranks:
         self.parallel = parallel
         self.errors: dict[int, BaseException] = {}
         self.runners: dict[int, ModelRunner] = {}
+        self._quantization = quantization
         self._name, self._block_size, self._num_blocks, self._timeout_s = name, block_size, num_blocks, timeout_s
         self._change, self._make_on_layer, self._more = change, make_on_layer, more
         self._store = HashStore()
@@ -52,7 +54,9 @@ class Ranks:
         group = None
         if self.parallel.num_ranks > 1:
             group = Group(self._store, rank, self.parallel, timeout_s=self._timeout_s)
-        loaded = load_model(self._name, device="cpu", shard=Shard(self.parallel, rank), ranks=group)
+        loaded = load_model(
+            self._name, device="cpu", shard=Shard(self.parallel, rank), ranks=group, quantization=self._quantization
+        )
         if self._change is not None:
             self._change(loaded, rank)
         return loaded, group

@@ -229,3 +229,68 @@ def test_long_stop_strings_cost_little(byte_level: Tokenizer) -> None:
     for _ in range(100):
         matcher.push("a" * 100)
     assert time.perf_counter() - started < 2.0
+
+
+# ---- random glyphs in random bytes ---------------------------------------------------------------------------------------
+
+GLYPHS = st.sampled_from(
+    ["a", " ", "\n", "\u00e9", "e\u0301", "\u00df", "\u6f22", "\u5b57", "\u304b\u306a", "\ud55c"]  # accents, CJK
+    + ["\u0928\u092e\u0938\u094d\u0924\u0947", "\u0301", "\u200d", "\ufeff", "\U0010fffd"]  # combining, joining, the last plane
+    + ["\U0001f642", "\U0001f44d\U0001f3fd", "\U0001f1e9\U0001f1ea", "\U0001f3f3\ufe0f\u200d\U0001f308"]  # emoji, composed ones
+    + ["\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"]
+)
+
+
+def as_tokens(tokenizer: Tokenizer, parts: list[tuple[str, bool]], single: dict[bytes, int]) -> list[int]:
+    """Each part as the tokenizer cuts it, or (True) one token for each of its bytes."""
+    ids: list[int] = []
+    for text, in_bytes in parts:
+        whole = [single[bytes([byte])] for byte in text.encode()]
+        ids += whole if in_bytes else tokenizer.encode(text, False)
+    return ids
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.lists(GLYPHS, min_size=1, max_size=6).map("".join), st.booleans()), max_size=12), st.randoms())
+def test_no_delta_ends_within_a_glyph(byte_level: Tokenizer, parts: list[tuple[str, bool]], rng: random.Random) -> None:
+    single = {byte_level.token_bytes(i): i for i in range(byte_level.vocab_size) if len(byte_level.token_bytes(i)) == 1}
+    ids = as_tokens(byte_level, parts, single)
+    detokenizer = Detokenizer(byte_level, SamplingParams())
+    data, given_so_far = b"", ""
+    position = 0
+    while position < len(ids):
+        step = rng.choice((1, 1, 1, 2, 5))
+        delta, _ = detokenizer.feed(ids[position : position + step])
+        data += b"".join(byte_level.token_bytes(i) for i in ids[position : position + step])
+        position += step
+        given_so_far += delta
+        held = next(n for n in range(4) if is_utf8(data[: len(data) - n]))
+        assert given_so_far.encode() == data[: len(data) - held], "all whole glyphs, and nothing of the one that is not"
+        assert "\ufffd" not in delta
+    assert given_so_far + detokenizer.flush() == byte_level.decode(ids) == "".join(text for text, _ in parts)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.lists(GLYPHS, min_size=1, max_size=4).map("".join), st.booleans()), max_size=8), st.data())
+def test_replacement_characters_come_only_where_the_whole_text_has_them(
+    byte_level: Tokenizer, parts: list[tuple[str, bool]], data: st.DataObject
+) -> None:
+    """Tokens are left out and doubled, so that bytes of glyphs are missing or stray."""
+    single = {byte_level.token_bytes(i): i for i in range(byte_level.vocab_size) if len(byte_level.token_bytes(i)) == 1}
+    ids = as_tokens(byte_level, parts, single)
+    times = data.draw(st.lists(st.sampled_from((0, 1, 1, 1, 1, 2)), min_size=len(ids), max_size=len(ids)))
+    ids = [token for token, number in zip(ids, times, strict=True) for _ in range(number)]
+    detokenizer = Detokenizer(byte_level, SamplingParams())
+    deltas = [detokenizer.feed([token])[0] for token in ids]
+    whole = byte_level.decode(ids)
+    for number in range(len(deltas)):
+        assert whole.startswith("".join(deltas[: number + 1])), "what was given is never taken back"
+    assert "".join(deltas) + detokenizer.flush() == whole
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -67,6 +67,7 @@ def chromium() -> Iterator[Any]:
 def page_at(browser: Any, url: str, look: str = "light", ready: bool = True, may_say: str = "^$") -> Iterator[Any]:
     """The dashboard, opened. At the end its console may hold no complaint, but for what `may_say` (a pattern) expects."""
     context = browser.new_context(**LOOKS[look])
+    context.set_default_timeout(60_000)  # of two cores that serve, load and show, the page gets what is left
     page = context.new_page()
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
@@ -74,7 +75,7 @@ def page_at(browser: Any, url: str, look: str = "light", ready: bool = True, may
     try:
         page.goto(f"{url}/dashboard")
         if ready:
-            page.wait_for_selector("body.drawn", timeout=20_000)
+            page.wait_for_selector("body.drawn")
         yield page
     finally:
         context.close()

@@ -35,7 +35,7 @@ OTHER = {
     "--host-cache-bytes": "5000",
     "--gpu-memory-utilization": "0.5",
     "--seed": "7",
-    "--quantization": None,  # has no other value yet
+    "--quantization": "int4",
     "--chat-template": "t.jinja",
     "--step-log": "steps.jsonl",
     "--prefill": "3",
@@ -46,12 +46,20 @@ OTHER = {
     "--decode-pp": "5",
     "--max-num-seqs": "8",
     "--max-num-batched-tokens": "64",
+    "--preemption-mode": "swap",
+    "--speculative-method": "ngram",
+    "--speculative-model": "drafts/small",
+    "--num-speculative-tokens": "7",
+    "--prompt-lookup-max": "6",
+    "--prompt-lookup-min": "3",
     "--host": "127.0.0.2",
     "--port": "8123",
     "--api-key": "secret",
     "--scheduling-policy": "fair",
     "--tenants": "t.yaml",
     "--kv-transport": "tcp",
+    "--bind-host": "10.1.0.0/16",
+    "--port-range": "20000-20999",
 }
 
 
@@ -117,6 +125,14 @@ def test_presets_files_and_sets(tmp_path: Path) -> None:
         (["serve", "a", "b"], "unknown argument b"),
         (["serve", "--tensor-parallel-size", "2"], "--prefill-tp and --decode-tp"),
         (["serve", "-tp", "2"], "--prefill-tp and --decode-tp"),
+        (["serve", "--speculative-config", "{}"], "--speculative-method ngram or draft"),
+        (["serve", "--speculative-method", "draft"], "needs a draft model: --speculative-model"),
+        (["serve", "--speculative-method", "ngram", "--speculative-model", "x"], "is for decode.speculative_method draft"),
+        (["serve", "--prompt-lookup-min", "5"], "decode.prompt_lookup_min 5 is above decode.prompt_lookup_max 4"),
+        (["serve", "--speculative-method", "eagle"], "decode.speculative_method = 'eagle'"),
+        (["serve", "--num-speculative-tokens", "0"], "decode.num_speculative_tokens = '0'"),
+        (["serve", "--preemption-mode", "swap", "--decode-tp", "2"], "built for workers of one rank"),
+        (["serve", "toy", "--speculative-model", "bundled"], "a draft model needs the tokenizer of its target"),
         (["serve", "--pipeline-parallel-size=2"], "--prefill-pp and --decode-pp"),
         (["serve", "--prefill-tp", "0"], "prefill.tp = '0' (flag --prefill-tp)"),
         (["serve", "--decode-pp", "two"], "decode.pp = 'two' (flag --decode-pp)"),
@@ -147,7 +163,7 @@ def test_only_what_is_built_is_listed(capsys: pytest.CaptureFixture[str]) -> Non
     listed = capsys.readouterr().out
     assert all(word in listed for word in ("serve", "config", "status", "doctor", "version"))
     assert cli.main(["fly"]) == 2
-    assert "unknown command fly; there are serve, deploy, config" in capsys.readouterr().err
+    assert "unknown command fly; there are serve, deploy, up, down, config" in capsys.readouterr().err
     assert cli.main(["config"]) == 2
 
 

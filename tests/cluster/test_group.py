@@ -20,6 +20,7 @@ from cluster import group as group_module
 from cluster.group import RANKS, Leader, RankOrder, end_process
 from cluster.life import this_process
 from cluster.wire import Pulse, SocketNetwork
+from kvtransfer.listening import Bind
 from kvtransfer.process import observe, start_ticks
 from protocol.errors import ModelError, TandemError, WorkerLost, to_failure
 from protocol.kv import ProcessRef
@@ -76,7 +77,7 @@ class Made:
         self.ranks: list[FakeRank] = []
         self.broken: list[str] = []
         self.leaving = 0
-        self.leader = Leader("decode:0", Parallel(3, 1), SECRET, "127.0.0.1", self.spawn, self.broken.append, self.on_leave)
+        self.leader = Leader("decode:0", Parallel(3, 1), SECRET, Bind("127.0.0.1"), self.spawn, self.broken.append, self.on_leave)
 
     async def spawn(self, order: RankOrder) -> FakeRank:
         self.ranks.append(FakeRank(order))

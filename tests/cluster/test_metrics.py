@@ -253,6 +253,7 @@ def test_promised_and_kept_by_tenant_and_class() -> None:
     text = metrics.text({}, [{**dict(labels), "attainment": 0.25, "budget_left": None, "goodput_per_s": 2.0}])
     assert value(text, "tandem_slo_requests_total", **labels) == 4
     assert value(text, "tandem_slo_kept_total", **labels) == 1
+    assert value(text, "tandem_slo_ttft_kept_total", **labels) == 2, "also the one whose later tokens came late"
     outcomes = [value(text, "tandem_requests_total", outcome=kind, **labels) for kind in ("finished", "failed", "cancelled")]
     assert outcomes == [3, 1, 1]
     assert value(text, "tandem_tokens_total", kind="cached", **labels) == 80

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decode.planner import Budget, plan
+from decode.planner import Budget, plan, steady
 from engine.sequence import Sequence
 from protocol.request import Request, SamplingParams
 
@@ -108,3 +108,23 @@ def test_no_plan_uses_more_than_there_is_and_somebody_moves(shapes, free, chunke
         assert s.num_uncomputed > 1 or not s.last_block_is_full(BLOCK) or id(s) in grown
     if len(running) > 1 or free > 0:
         assert decided.chunks
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 3), st.integers(0, 1)), max_size=10), st.integers(0, 6))
+def test_a_steady_step_is_what_the_plan_would_be(made: list[tuple[int, int, int]], free: int):
+    """(tokens, how many are not computed beside the newest, blocks too few) of each."""
+    running = [
+        sequence(str(i), tokens, max(0, tokens - 1 - late), max(1, -(-tokens // BLOCK) - lacking))
+        for i, (tokens, late, lacking) in enumerate(made)
+        if lacking == 0 or late == 0
+    ]
+    grow = steady(running, free, BLOCK, BUDGET)
+    decided = plan(running, [], free, BLOCK, BUDGET)
+    is_steady = all(s.num_uncomputed == 1 for s in running) and len(running) <= BUDGET.max_num_seqs and not decided.preempt
+    if grow is None:
+        assert not is_steady or len(decided.chunks) < len(running)
+    else:
+        assert [(s, 1) for s in running] == [tuple(chunk) for chunk in decided.chunks]
+        assert names(grow) == names(decided.grow)
+        assert (decided.preempt, decided.restart) == ((), ())

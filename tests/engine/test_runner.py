@@ -222,3 +222,19 @@ def test_warm_up_and_poison_leave_the_pool_as_asked(llama: tuple[LoadedModel, Ju
     engine.runner.copy_block(2, 1)
     assert bool((engine.kv[:, 1] == 7.0).all())
     assert bool(engine.kv[:, 3].isnan().all())
+
+
+def test_a_step_that_only_decodes_is_planned_the_same_in_one_go(llama: tuple[LoadedModel, Judge]) -> None:
+    engine = Offline(llama[0], block_size=BLOCK_SIZE)
+    chunks = []
+    for i, number in enumerate((1, 7, 8, 9, 30)):
+        sequence = engine.add(str(i), list(range(5, 5 + number)))
+        sequence.blocks = engine.pool.allocate(sequence.num_blocks_for(number + 2 * BLOCK_SIZE, BLOCK_SIZE))  # more than it needs
+        sequence.num_computed = number - 1
+        chunks.append(Chunk(sequence, 1, (sequence,)))
+    general = plan_step(chunks, BLOCK_SIZE)
+    for chunk in chunks:
+        chunk.sequence.chunk = chunk
+    at_once = plan_step(chunks, BLOCK_SIZE)
+    assert at_once == general or (at_once[0] == general[0] and at_once[1].samples == general[1].samples)
+    assert (at_once[1].scored, at_once[1].scoring) == ((), ())

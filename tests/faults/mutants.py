@@ -95,7 +95,7 @@ def epoch_ignored_at_the_gateway() -> Any:
         for update in updates:
             walk = gateway._walks.get(update.request_id)
             if walk is not None:
-                walk.inbox.put_nowait(update)
+                walk.inbox.put(update)
 
     return _replaced(cluster.gateway.Gateway, "handle", handle)
 

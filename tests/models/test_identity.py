@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from models import identity
 from models.config import ModelConfig
 from models.identity import PIECE_NBYTES, SAMPLE_NBYTES, STRIDE_NBYTES, WHOLE_NBYTES, model_hash, sampled
-from models.weights import find, open_checkpoint
+from models.weights import Slot, find, open_checkpoint
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -46,7 +46,7 @@ def test_samples(nbytes: int) -> None:
 def hash_of(folder: Path, tensors: dict[str, torch.Tensor]) -> str:
     save_file(tensors, folder / "model.safetensors")
     files = open_checkpoint(folder)
-    return model_hash(CONFIG, find(files, tensors.keys()))
+    return model_hash(CONFIG, find(files, {name: Slot(tensor) for name, tensor in tensors.items()}))
 
 
 def test_what_changes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

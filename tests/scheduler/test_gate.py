@@ -389,10 +389,10 @@ def test_decisions_can_be_explained_and_are_forgotten_in_order() -> None:
 def test_a_tenant_has_no_more_of_the_index_and_of_the_kv_than_its_share() -> None:
     index = PrefixIndex(100)
     theirs = [bytes([1, i]) * 8 for i in range(50)]
-    index.insert("w", theirs, "small", 0.1)
+    index.insert(["w"], theirs, "small", 0.1)
     assert len(index) == 10
     assert dict(index.match(theirs)) == {"w": 10}, "the beginning is what is worth keeping"
-    index.insert("w", [bytes([2, i]) * 8 for i in range(80)], "large", 1.0)
+    index.insert(["w"], [bytes([2, i]) * 8 for i in range(80)], "large", 1.0)
     assert len(index) == 90
     classes = {"standard": SloClass(ttft_s=100.0, tpot_s=1.0, when_late="queue")}
     scheduler = made(tenants(classes, t=Tenant(kv_share=0.005), u=Tenant()), num_prefill=2)

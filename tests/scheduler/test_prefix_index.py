@@ -28,7 +28,7 @@ def test_it_says_what_its_twin_says(inserts: list[tuple[int, list[int], bool]], 
             index.forget(name)
             twin.pop(name, None)
         else:
-            index.insert(name, chain(tokens))
+            index.insert([name], chain(tokens))
             twin.setdefault(name, set()).update(chain(tokens))
     expected = {}
     for name, held in twin.items():
@@ -41,12 +41,12 @@ def test_it_says_what_its_twin_says(inserts: list[tuple[int, list[int], bool]], 
 def test_it_is_bounded_and_keeps_the_beginnings() -> None:
     index = PrefixIndex(max_hashes=100)
     for i in range(50):
-        index.insert("w", chain([i, 1, 2, 3, 4]))
+        index.insert(["w"], chain([i, 1, 2, 3, 4]))
         assert len(index) <= 100
     newest, oldest = chain([49, 1, 2, 3, 4]), chain([0, 1, 2, 3, 4])
     assert index.match(newest) == {"w": 5}
     assert index.match(oldest) == {}
-    index.insert("w", chain(list(range(1000))))
+    index.insert(["w"], chain(list(range(1000))))
     assert len(index) == 100
     assert index.match(chain(list(range(1000)))) == {"w": 100}
 
@@ -55,7 +55,7 @@ def test_nobody_inherits_what_a_dead_worker_held() -> None:
     index = PrefixIndex()
     for life in range(5 * SWEEP_AFTER):
         assert index.match(chain([1, 2, 3])) == {}
-        index.insert(f"w{life}", chain([1, 2, 3]))
+        index.insert([f"w{life}"], chain([1, 2, 3]))
         assert index.match(chain([1, 2, 3, 4])) == {f"w{life}": 3}
         index.forget(f"w{life}")
     assert index._num_bits <= SWEEP_AFTER + 1, "bits are given away again"
@@ -66,7 +66,7 @@ def test_a_walk_costs_about_the_same_with_a_thousand_workers() -> None:
     index = PrefixIndex()
     prompt = chain(list(range(24)))
     for i in range(1000):
-        index.insert(f"w{i}", prompt[: 1 + i % 24])
+        index.insert([f"w{i}"], prompt[: 1 + i % 24])
     began = time.process_time()
     for _ in range(100):
         found = index.match(prompt)

@@ -71,3 +71,9 @@ def tokens_of(events: Sequence[Event], choice: int = 0) -> list[int]:
             assert event.index == len(tokens), "token indexes have a gap or a repeat"
             tokens += event.token_ids
     return tokens
+
+
+async def teach_that_outputs_are_short(made: LocalCluster) -> None:
+    """The scheduler then places more than fits, so that somebody is preempted."""
+    for i in range(30):
+        await events_of(made, request([i, i], max_tokens=1))

@@ -404,6 +404,18 @@ async def test_kv_transport(start, monkeypatch, name, endpoint):
     assert stats.transfer_bytes == 3 * 7 * block_nbytes  # 50 tokens in blocks of 8
 
 
+async def test_bind_host_and_port_range_say_where_kv_is_taken(start, monkeypatch):
+    seen = []
+    make_sender = kvtransfer.group.make_sender
+    monkeypatch.setattr(kvtransfer.group, "make_sender", lambda end, *a, **k: seen.append(end) or make_sender(end, *a, **k))
+    where = ("--bind-host", "127.0.0.0/8", "--port-range", "28740-28749")
+    async with start("--kv-transport", "tcp", "--decode", "2", *where) as made:
+        await several(made, 4, 50)
+    assert {end.host for end in seen} == {"127.0.0.1"}
+    assert len({end.port for end in seen}) == 2
+    assert all(28740 <= end.port <= 28749 for end in seen)
+
+
 def test_auto_prefers_shared_memory(tmp_path, toy):
     pool = KVPool(toy.kv_layout(8), 1)
     assert usable(assembly.transports_of(config_of(tmp_path)), pool) == ("shm", "tcp")

@@ -31,12 +31,12 @@ def prompt_of(length: int) -> list[int]:
     return [7 + next(_numbers) % 200, *((i * 31 + next(_numbers)) % 250 for i in range(length - 1))]
 
 
-@pytest.mark.parametrize(("seconds", "is_handed_over"), [(30.0, False), (1.2, True)])
-async def test_a_notice_loses_nothing(seconds: float, is_handed_over: bool) -> None:
+@pytest.mark.parametrize(("seconds", "max_tokens", "is_handed_over"), [(30.0, 400, False), (1.2, 800, True)])
+async def test_a_notice_loses_nothing(seconds: float, max_tokens: int, is_handed_over: bool) -> None:
     """With thirty seconds what runs ends where it is; with one it goes on elsewhere. Either way the process is gone in time, and
     nothing new comes to it meanwhile."""
     async with processes(decode__replicas=2, prefill__replicas=1, decode__max_num_seqs=16) as made:
-        tasks = [asyncio.create_task(stream(made, prompt_of(60), max_tokens=800)) for _ in range(24)]
+        tasks = [asyncio.create_task(stream(made, prompt_of(60), max_tokens=max_tokens)) for _ in range(24)]
         await made.until(lambda: all(w["ledger"]["decoding"] for n, w in made.alive().items() if "decode" in n), 30, "both decode")
         name, going = "decode:1", made.alive()["decode:1"]["incarnation"]
         pid = made.workers[name].pid

@@ -24,7 +24,8 @@ KEY = "a-key-of-the-tests"
 HOST = "127.0.0.2"  # on Linux all of 127/8 is this machine
 ARGV = (
     "toy --prefill 1 --decode 1 --served-model-name mine --max-num-seqs 3 --block-size 16 --num-gpu-blocks-override 99 "
-    f"--kv-transport tcp --preset low-latency --host {HOST} --seed 3 --set gateway.keep_alive_s=2"
+    f"--kv-transport tcp --preset low-latency --host {HOST} --seed 3 --set gateway.keep_alive_s=2 "
+    "--bind-host lo --port-range 28800-28839"
 )
 
 
@@ -64,6 +65,21 @@ def test_host_and_port_are_listened_on_and_nothing_else(served: Served) -> None:
     }
     assert listening == {(HOST, served.port)}
     assert f"curl {served.url}/v1/chat/completions" in served.log.read_text()
+
+
+def test_our_own_sockets_are_on_the_interface_and_within_the_ports_that_were_given(served: Served) -> None:
+    """Beside them a process of ours has what Ray and Serve open in it: two ports, on loopback as well."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for process in served.processes():
+        title = (process.cmdline() or [""])[0]
+        if title.startswith("tandem:"):
+            connections = process.net_connections(kind="tcp")
+            found[title] = [tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN]
+    for name in ("scheduler", "gateway", "prefill", "decode"):
+        (listening,) = (ports for title, ports in found.items() if name in title)
+        ours = [address for address in listening if 28800 <= address[1] <= 28839]
+        assert len(ours) == (2 if name == "decode" else 1), f"{name}: {listening}"  # control; a decode worker also takes KV
+        assert {host for host, _ in listening} == {"127.0.0.1"}, name
 
 
 def test_a_key_is_asked_for_and_never_shown(served: Served) -> None:
