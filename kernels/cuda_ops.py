@@ -52,7 +52,9 @@ def backends() -> dict[str, str]:
     return {
         "decode attention": "triton, split KV" if not choices.deterministic else "triton, one program per row and KV head",
         "prefill attention": "triton, paged",
-        "linear": f"cuBLASLt, triton for {len(choices.table)} measured shapes" if not choices.deterministic else "triton, fixed form",
+        "linear": f"cuBLASLt, triton for {len(choices.table)} measured shapes"
+        if not choices.deterministic
+        else "triton, fixed form",
     }
 
 

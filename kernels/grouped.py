@@ -50,8 +50,8 @@ def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Te
     shares = torch.empty(rows, top_k, dtype=torch.float32, device=logits.device)
     if rows:
         _route[(rows,)](
-            logits, experts, shares, NUM=num_experts, TOP_K=top_k, RENORMALISE=renormalise, TILE=triton.next_power_of_2(num_experts),
-            TILE_K=triton.next_power_of_2(top_k), num_warps=1,
+            logits, experts, shares, NUM=num_experts, TOP_K=top_k, RENORMALISE=renormalise,
+            TILE=triton.next_power_of_2(num_experts), TILE_K=triton.next_power_of_2(top_k), num_warps=1,
         )  # fmt: skip
     return experts, shares
 
@@ -97,7 +97,9 @@ def grouped_linear(
     assert weights.is_contiguous(), "weights must be contiguous"
     assert x.dtype == weights.dtype, f"x is {x.dtype}, weights {weights.dtype}"
     assert groups.num_pairs == rows * pairs_per_row, f"{groups.num_pairs} pairs are not {pairs_per_row} for each of {rows} rows"
-    assert add_to is None or (add_to.shape == (groups.num_pairs, out_width) and add_to.is_contiguous()), "add_to must be like the result"
+    assert add_to is None or (add_to.shape == (groups.num_pairs, out_width) and add_to.is_contiguous()), (
+        "add_to must be like the result"
+    )
     out = torch.empty(groups.num_pairs, out_width, dtype=x.dtype, device=x.device) if add_to is None else add_to
     if groups.num_pairs == 0:
         return out

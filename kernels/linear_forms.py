@@ -90,7 +90,9 @@ def read_table(path: Path) -> Table:
         }
         return Table(str(raw["device"]), forms)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no table of linear forms ({error}); write it anew with `tandem bench kernels --tune`") from error
+        raise ValueError(
+            f"{path} is no table of linear forms ({error}); write it anew with `tandem bench kernels --tune`"
+        ) from error
 
 
 def _checked(form: Form) -> Form:

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import cpu
+from kernels.cuda_matrix import CudaMatrix
 from kernels.panels import PanelMatrix, StackedMatrix
 
 PIECE_LEN = 4096  # tokens of context that are copied out of the pool at a time: bounds memory for long contexts
 WINDOW_QUERIES = 256  # queries per explicit mask under sliding-window attention
 
-Matrix = Tensor | PanelMatrix | StackedMatrix  # what linear() multiplies by
+Matrix = Tensor | PanelMatrix | StackedMatrix | CudaMatrix  # what linear() multiplies by
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _packed_linear = torch.ops.mkldnn._linear_pointwise

@@ -87,21 +87,8 @@ def paged_decode_attention(
     split = {"MAX_SPLITS": max_splits, "MIN_SPLIT_LEN": min_split_len, "TILE_LEN": length, "NUM_SPLITS": num_splits}
     shape = {"WINDOW": window or 0, "NUM_QUERIES": num_queries, "HEAD_DIM": head_dim, "TILE_DIM": tile_dim}
     _attend_split[(batch, num_kv_heads, num_splits)](
-        q,
-        kv_layer,
-        block_tables,
-        seq_lens,
-        stats if kv_scales is None else kv_scales,
-        sums,
-        stats,
-        inner,
-        outer,
-        q.stride(0),
-        q.stride(1),
-        kv_layer.stride(0),
-        kv_layer.stride(1),
-        kv_layer.stride(2),
-        block_tables.stride(0),
+        q, kv_layer, block_tables, seq_lens, stats if kv_scales is None else kv_scales, sums, stats, inner, outer,
+        *q.stride()[:2], *kv_layer.stride()[:3], block_tables.stride(0),
         BLOCK_SIZE=block_size,
         HEADS_PER_KV=heads_per_kv,
         TILE_ROWS=max(16, triton.next_power_of_2(num_queries * heads_per_kv)),
@@ -111,7 +98,7 @@ def paged_decode_attention(
         num_stages=num_stages if q.element_size() <= 2 else 2,
         **split,
         **shape,
-    )
+    )  # fmt: skip
     if num_splits > 1:
         _combine_splits[(num_rows, num_heads)](sums, stats, seq_lens, out, num_warps=1, **split, **shape)
     return out
@@ -170,28 +157,11 @@ def _attend_split(  # type: ignore[no-untyped-def]
     scales_ptr,  # [2, num_kv_heads] float32 where SCALED
     sums_ptr,  # [batch * NUM_QUERIES, num_heads, NUM_SPLITS, HEAD_DIM] float32, contiguous; with one split the result
     stats_ptr,  # [batch * NUM_QUERIES, num_heads, NUM_SPLITS, 2] float32, contiguous
-    inner,
-    outer,
-    q_stride_row,
-    q_stride_head,
-    kv_stride_block,
-    kv_stride_half,
-    kv_stride_head,
-    tables_stride_row,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS_PER_KV: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    MIN_SPLIT_LEN: tl.constexpr,
-    TILE_LEN: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    NUM_QUERIES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TILE_DIM: tl.constexpr,
-):
+    inner, outer, q_stride_row, q_stride_head, kv_stride_block, kv_stride_half, kv_stride_head, tables_stride_row,
+    BLOCK_SIZE: tl.constexpr, HEADS_PER_KV: tl.constexpr, TILE_ROWS: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    MAX_SPLITS: tl.constexpr, MIN_SPLIT_LEN: tl.constexpr, TILE_LEN: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, NUM_QUERIES: tl.constexpr, HEAD_DIM: tl.constexpr, TILE_DIM: tl.constexpr,
+):  # fmt: skip
     """grid (batch, num_kv_heads, NUM_SPLITS)"""
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_lens_ptr + sequence)

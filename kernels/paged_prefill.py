@@ -111,28 +111,12 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
     seq_lens_ptr,  # [num_spans] int32
     scales_ptr,  # [2, NUM_KV_HEADS] float32 where SCALED
     out_ptr,  # like q, contiguous
-    inner,
-    outer,
-    num_spans,
-    num_tiles,
-    q_stride_row,
-    q_stride_head,
-    kv_stride_block,
-    kv_stride_half,
-    kv_stride_head,
-    tables_stride_row,
-    BLOCK_SIZE: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SCALED: tl.constexpr,
-    TILE_QUERIES: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_LEN: tl.constexpr,
-    TILE_DIM: tl.constexpr,
-):
+    inner, outer, num_spans, num_tiles,
+    q_stride_row, q_stride_head, kv_stride_block, kv_stride_half, kv_stride_head, tables_stride_row,
+    BLOCK_SIZE: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    TILE_QUERIES: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_LEN: tl.constexpr, TILE_DIM: tl.constexpr,
+):  # fmt: skip
     """grid (num_tiles * NUM_KV_HEADS,); later tiles of a chunk see more keys and start first, so that no long one comes last"""
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     tile = num_tiles - 1 - tl.program_id(0) // NUM_KV_HEADS
@@ -144,8 +128,7 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
             low = middle
         else:
             high = middle
-    span = low
-    start = tl.load(starts_ptr + span)
+    span, start = low, tl.load(starts_ptr + low)
     length = tl.load(starts_ptr + span + 1) - start
     offset = (tile - (start // TILE_QUERIES + span)) * TILE_QUERIES  # of the tile's first query in its chunk
     if offset >= length:
@@ -156,8 +139,7 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
 
     tile_row = tl.arange(0, TILE_ROWS)
     query = tile_row // GROUP
-    is_row = (query < TILE_QUERIES) & (offset + query < length)
-    position = first + query
+    is_row, position = (query < TILE_QUERIES) & (offset + query < length), first + query
     row = (start + offset + query).to(tl.int64)
     head = kv_head * GROUP + tile_row % GROUP
     dim = tl.arange(0, TILE_DIM)
@@ -181,8 +163,7 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
         oldest = tl.maximum(first - WINDOW + 1, 0)
         begin = oldest // TILE_LEN * TILE_LEN
         open_begin = tl.cdiv(tl.maximum(last - WINDOW + 1, 0), TILE_LEN) * TILE_LEN  # from here on the window hides nothing
-    open_end = (first + 1) // TILE_LEN * TILE_LEN  # up to here every query sees every key
-    open_end = tl.maximum(open_end, begin)
+    open_end = tl.maximum((first + 1) // TILE_LEN * TILE_LEN, begin)  # up to here every query sees every key
     if WINDOW > 0:
         open_begin = tl.minimum(tl.maximum(open_begin, begin), open_end)
         maximum, normaliser, total = _walk(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.cuda_matrix import CudaMatrix, for_gpu
+from kernels.ops import on_gpu
 from kernels.panels import INT4, INT8, INT8_ZEROS, MIDDLE_OF_INT4, PANEL, PanelMatrix, to_panels, warm_up
 
 INT4_GROUP_LEN = 32
@@ -70,7 +72,7 @@ class Codes:
         return found
 
 
-def pack(parts: Sequence[Codes]) -> PanelMatrix:
+def pack(parts: Sequence[Codes]) -> PanelMatrix | CudaMatrix:
     """One matrix of all their rows; they fit each other. Compiles what multiplies by it, where that is not done yet."""
     first = parts[0]
     assert all(first.fits(part) for part in parts[1:])
@@ -84,6 +86,10 @@ def pack(parts: Sequence[Codes]) -> PanelMatrix:
         )
         if bool((zeros == middle).all()):
             zeros = None
+    if on_gpu(codes.device):
+        matrix = for_gpu(first.bits, codes, torch.cat([part.scales for part in parts]), zeros, first.order)
+        if matrix is not None:
+            return matrix
     kind = INT4 if first.bits == 4 else INT8 if zeros is None else INT8_ZEROS
     if kind == INT4:
         panels = to_panels(codes)

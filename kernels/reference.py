@@ -39,9 +39,7 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, soft_cap: float | None = None
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, soft_cap: float | None = None) -> Tensor:
     """The last len(q) tokens of one sequence attend to all of it, causally; float64 with the whole score matrix.
 
     q [num_queries, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim] -> like q.

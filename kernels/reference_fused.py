@@ -24,7 +24,7 @@ def rotate_and_write(
     num_heads: int,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """What qkv becomes; K and V are written into kv_layer, token by token. slots: block * block_size + place, negative for nowhere."""
+    """What qkv becomes; K and V go into kv_layer, token by token. slots: block * block_size + place, negative for nowhere."""
     num_kv_heads, block_size, head_dim = kv_layer.shape[2:]
     q, k, v = qkv.double().view(len(qkv), -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:

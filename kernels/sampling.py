@@ -2,8 +2,8 @@
 
 Called by `kernels/cuda_ops.py` for tensors on a GPU (it needs triton); the slow obvious twin is reference_sampling.py. Order and
 meaning are the sampler's: bias (a minimum length is a bias of -inf on the stop tokens), repetition, frequency and presence
-penalties, temperature, min_p, top_k, top_p (ties with the last token inside are inside), then the inverse CDF, in vocabulary order, of one
-counter-based uniform (Philox4x32-10, the bits of engine/philox.py). No log-probabilities.
+penalties, temperature, min_p, top_k, top_p (ties with the last token inside are inside), then the inverse CDF, in vocabulary
+order, of one counter-based uniform (Philox4x32-10, the bits of engine/philox.py). No log-probabilities.
 
 One program per row. No sort: a token's weight exp((logit - best) / temperature) is at most 1, so its bits order it, and the least
 weight that is still inside is found bit by bit from counts and sums over the row (three bits a pass). Sums are of weights in fixed

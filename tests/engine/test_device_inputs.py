@@ -96,7 +96,12 @@ def test_short_chunks_of_one_length_are_told(lengths: list[int], short_len: int)
 
 
 def test_an_upload_keeps_every_array() -> None:
-    arrays = [np.arange(3, dtype=np.int32), np.arange(6).reshape(2, 3), np.array([], dtype=np.int32), np.array([1.5], dtype=np.float32)]
+    arrays = [
+        np.arange(3, dtype=np.int32),
+        np.arange(6).reshape(2, 3),
+        np.array([], dtype=np.int32),
+        np.array([1.5], dtype=np.float32),
+    ]
     for array, tensor in zip(arrays, upload(arrays, CPU), strict=True):
         assert torch.equal(tensor, torch.from_numpy(array))
         assert tensor.data_ptr() % 16 == 0
@@ -112,7 +117,7 @@ def test_tables_of_unequal_rows() -> None:
 def test_an_engine_on_a_gpu(family: str, deterministic: bool, tmp_path: Path) -> None:
     """float32, so that transformers' greedy tokens are the answer; chunked and batched at random."""
     folder = make_checkpoint(family, tmp_path, seed=1)
-    loaded, judge = load_model(str(folder), device="cuda"), Judge(folder)
+    loaded, judge = load_model(str(folder), device="cuda", dtype="float32"), Judge(folder)
     cuda_ops.setup(torch.device("cuda"), deterministic)
     prompts = ragged_prompts(9, 16, longest=60)
     together = Offline(loaded, block_size=16, chunk_len=random_chunks(2, 1, 5, 8, 19))

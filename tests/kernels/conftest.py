@@ -18,7 +18,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["torch", "compiled"], scope="module", autouse=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of Triton kernels have no use for the CPU's compiled ones, and take a while in the interpreter."""
+    is_of_cpu = not hasattr(metafunc.module, "DEVICE") and not metafunc.module.__name__.endswith("for_gpus")
+    metafunc.parametrize("kernels", ["torch", "compiled"] if is_of_cpu else ["torch"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test of an operation runs with torch alone and with the compiled kernels."""
     if request.param == "compiled":

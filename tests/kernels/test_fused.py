@@ -90,7 +90,9 @@ def test_rotate_and_write(dtype: torch.dtype, norms: bool) -> None:
     check_qkv((4, 2), 16, 4, dtype, norms, fp8=False)
 
 
-@pytest.mark.parametrize(("heads", "head_dim", "block_size"), [((1, 1), 2, 1), ((9, 3), 60, 3), ((8, 1), 128, 16), ((20, 5), 10, 7)])
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "block_size"), [((1, 1), 2, 1), ((9, 3), 60, 3), ((8, 1), 128, 16), ((20, 5), 10, 7)]
+)
 def test_rotate_and_write_shapes(heads: tuple[int, int], head_dim: int, block_size: int) -> None:
     check_qkv(heads, head_dim, block_size, torch.float32, norms=True, fp8=False)
 

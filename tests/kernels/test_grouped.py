@@ -64,7 +64,8 @@ def test_groups_hold_every_pair_once_in_order(num_pairs: int, num_matrices: int,
 
 
 @pytest.mark.parametrize(
-    ("rows", "num_experts", "top_k", "hidden", "width"), [(1, 8, 2, 48, 40), (5, 4, 2, 33, 17), (20, 3, 3, 64, 100), (70, 2, 1, 20, 24)]
+    ("rows", "num_experts", "top_k", "hidden", "width"),
+    [(1, 8, 2, 48, 40), (5, 4, 2, 33, 17), (20, 3, 3, 64, 100), (70, 2, 1, 20, 24)],
 )
 def test_mixture(rows: int, num_experts: int, top_k: int, hidden: int, width: int) -> None:
     x, logits = random(rows, hidden), random(rows, num_experts, seed=1)

@@ -169,8 +169,8 @@ def test_penalties_and_bias(temperature: float) -> None:
     bias_ids[::2, 1], bias[::2, 1] = 17, float("-inf")
     logits = logits_of(rows)
     inputs = inputs_of(
-        rows, temperature=temperature, counts=on_device, slots=slots, repetition=1.3, frequency=0.4, presence=0.2, bias_ids=bias_ids,
-        bias=bias,
+        rows, temperature=temperature, counts=on_device, slots=slots, repetition=1.3, frequency=0.4, presence=0.2,
+        bias_ids=bias_ids, bias=bias,
     )  # fmt: skip
     drawn = uniforms(inputs.seeds.tolist(), inputs.choices.tolist(), inputs.positions.tolist())
     expected = [

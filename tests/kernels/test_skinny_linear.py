@@ -150,7 +150,9 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
     assert len(again) == 2
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"device": "x", "forms": [["plain", 1, 2, 3, [16, 60, 128, 1, 4, 4]]]}', '{"forms": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{", "{}", '{"device": "x", "forms": [["plain", 1, 2, 3, [16, 60, 128, 1, 4, 4]]]}', '{"forms": 3}']
+)
 def test_a_broken_table_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "forms.json"
     path.write_text(text)
