@@ -238,6 +238,15 @@ print(len(calls))
     assert list(tmp_path.rglob("*.nbc"))
 
 
+def test_without_numba_float32_is_packed_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panels, "has_kernel", lambda: False)
+    weight, x = random(70, 100), random(5, 100, seed=1)
+    packed = ops.pack(weight.clone())
+    assert isinstance(packed, Tensor)
+    assert packed.is_mkldnn
+    assert error(ops.linear(x, packed), reference.linear(x, weight)) < 1e-6
+
+
 def test_numba_is_not_imported_before_it_is_wanted() -> None:
     code = "import sys, kernels.ops, models.load, models.llama; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
