@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import perplexity
 from bench.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_rounding_costs_little() -> None:
@@ -28,8 +38,7 @@ def test_rounding_costs_little() -> None:
     assert losses["int4"].weight_bytes < losses["int8"].weight_bytes
 
 
-def test_the_loss_is_that_of_transformers() -> None:
-    import torch
+def test_the_loss_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
     from models.locate import BUILT_IN
@@ -44,17 +53,18 @@ def test_the_loss_is_that_of_transformers() -> None:
         for cut in cuts:
             ids = torch.tensor([cut])
             total += float(judge(input_ids=ids, labels=ids).loss) * 99
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patched:
-        patched.setattr(perplexity, "WINDOW_LEN", 100)
-        found = perplexity.measure("bundled", ["none"], text, 2)[0]
+    monkeypatch.setattr(perplexity, "WINDOW_LEN", 100)
+    found = perplexity.measure("bundled", ["none"], text, 2)[0]
     assert found.num_tokens == 198
     assert found.nats == pytest.approx(total / 198, rel=1e-5)
 
 
 def test_the_text_is_chosen_as_the_training_script_chose() -> None:
     source = ast.parse((ROOT / "examples" / "train_bundled_model.py").read_text())
-    said = {node.targets[0].id: node.value for node in source.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}  # fmt: skip
+    said = {}
+    for node in source.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            said[node.targets[0].id] = node.value
     assert ast.literal_eval(said["HELD_OUT_PERCENT"]) == perplexity.HELD_OUT_PERCENT
     assert ast.literal_eval(said["SKIPPED_FOLDERS"]) == perplexity.SKIPPED_FOLDERS
     assert ast.literal_eval(said["SKIPPED_FILES"]) == perplexity.SKIPPED_FILES
