@@ -26,7 +26,8 @@ from torch import Tensor
 from kernels.panels import FLOAT32, INT4, INT8, INT8_ZEROS, PANEL, PANEL_ROW_NBYTES, PanelMatrix
 from kernels.threads import run_on_all
 
-BLOCK_NBYTES = 16 << 10  # of a panel, used for all rows before the next: what a first-level cache keeps beside x
+LINE_NBYTES = 64
+BLOCK_NBYTES = 256 << 10  # of a panel, used for all rows before the next: what a second-level cache keeps beside x
 
 
 def _features() -> set[str]:
@@ -68,6 +69,7 @@ class _Tile(NamedTuple):
     out_stride: Any
     scales: Any
     zeros: Any
+    ahead: Any  # a cache line from there for each input is fetched on the way
 
     def load(self, b: Any, base: Any, kind: Any, align: int) -> Any:
         return b.load(b.inttoptr(base, kind.as_pointer()), align=align)
@@ -75,6 +77,13 @@ class _Tile(NamedTuple):
 
 def _at(b: Any, base: Any, offset: int) -> Any:
     return b.add(base, ir.Constant(_INT, offset)) if offset else base
+
+
+def _fetch(b: Any, address: Any) -> None:
+    """Have the line there on its way to the second-level cache."""
+    byte, word = _BYTE.as_pointer(), ir.IntType(32)
+    fetch = cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), [byte, word, word, word]), "llvm.prefetch.p0")
+    b.call(fetch, [b.inttoptr(address, byte), *(ir.Constant(word, n) for n in (0, 2, 1))])
 
 
 def _weights(b: Any, tile: _Tile, kind: int, vectors: tuple[int, ...], row: Any, zeros: dict[int, Any]) -> list[Any]:
@@ -103,6 +112,8 @@ def _emit(b: Any, tile: _Tile, kind: int, rows: int, vectors: tuple[int, ...]) -
     sums = [[cgutils.alloca_once_value(b, _splat(_FLOATS, 0.0)) for _ in vectors] for _ in range(rows)]
     with cgutils.for_range(b, tile.length) as loop:
         row = b.add(tile.weights, b.mul(loop.index, ir.Constant(_INT, PANEL_ROW_NBYTES[kind])))
+        if vectors == TILES[0]:
+            _fetch(b, b.add(tile.ahead, b.mul(loop.index, ir.Constant(_INT, LINE_NBYTES))))
         weights = _weights(b, tile, kind, vectors, row, zeros)
         for r in range(rows):
             at = b.add(b.add(tile.x, b.mul(loop.index, ir.Constant(_INT, 4))), b.mul(tile.x_stride, ir.Constant(_INT, r)))
@@ -126,7 +137,7 @@ def _emit(b: Any, tile: _Tile, kind: int, rows: int, vectors: tuple[int, ...]) -
 @intrinsic  # type: ignore[untyped-decorator]
 def _tile(
     _typing: Any, kind: Any, rows: Any, weights: Any, x: Any, x_stride: Any, length: Any, out: Any, out_stride: Any, scales: Any,
-    zeros: Any,
+    zeros: Any, ahead: Any,
 ) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
     """One tile for each number of rows, and a switch that chooses. kind is known when this is compiled."""
     if not isinstance(kind, types.IntegerLiteral):
@@ -146,7 +157,7 @@ def _tile(
         b.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 9), codegen
+    return types.void(kind, *[types.int64] * 10), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -191,23 +202,55 @@ def _cached(decorate: Callable[..., Any], *signature: Any, **options: Any) -> Ca
 
 
 @_cached(njit, nogil=True, inline="never")
-def _multiply_panel(kind: int, job: Any, panel: int, out: int, out_stride: int) -> None:
-    """Add x times one panel to out (addresses and bytes), a block of inputs at a time for all rows."""
+def _begin(job: Any, row: int, count: int, first: int, width: int) -> None:
+    """Residual and bias, or zeros, for the tiles to add to: columns [first, first + width) of some rows."""
+    rows, out_width = job[_ROWS], job[_OUT]
+    out = carray(_floats(job[_TO]), (rows, out_width))
+    if job[_RESIDUAL] == 0:
+        for r in range(row, row + count):
+            for i in range(first, first + width):
+                out[r, i] = 0.0
+    elif job[_RESIDUAL] != job[_TO]:
+        residual = carray(_floats(job[_RESIDUAL]), (rows, out_width))
+        for r in range(row, row + count):
+            for i in range(first, first + width):
+                out[r, i] = residual[r, i]
+    if job[_BIAS] != 0:
+        bias = carray(_floats(job[_BIAS]), (out_width,))
+        for r in range(row, row + count):
+            for i in range(first, first + width):
+                out[r, i] += bias[i]
+
+
+@_cached(njit, nogil=True, inline="never")
+def _run_panel(kind: int, job: Any, panel: int) -> None:
+    """x times one panel, a block of inputs at a time for all rows."""
     literally(kind)
-    rows, in_width, group, row_nbytes = job[_ROWS], job[_IN], job[_GROUP], job[_ROW_NBYTES]
+    rows, in_width, out_width, group, row_nbytes = job[_ROWS], job[_IN], job[_OUT], job[_GROUP], job[_ROW_NBYTES]
+    first = panel * PANEL
+    width = min(PANEL, out_width - first)
+    out, out_stride = job[_TO] + first * 4, out_width * 4
+    spare = np.zeros((0 if width == PANEL else rows, PANEL), np.float32)
+    if width < PANEL:  # the last panel is wider than what is left of a row
+        out, out_stride = spare.ctypes.data, PANEL * 4
     num_groups = (in_width + group - 1) // group
+    num_parts = (rows + ROWS - 1) // ROWS  # of nearly equal size: each part reads the block once
     block = max(1, BLOCK_NBYTES // row_nbytes)
-    if rows <= ROWS:
-        block = in_width
-    block = max(group, block // group * group) if group < in_width else block
+    if group < in_width:
+        block = max(group, block // group * group)
     weights = job[_WEIGHTS] + panel * in_width * row_nbytes
-    num_parts = (rows + ROWS - 1) // ROWS  # of nearly equal size: each part reads the panel once
     for start in range(0, in_width, block):
         stop = min(in_width, start + block)
         for part in range(num_parts):
             row = part * rows // num_parts
             count = (part + 1) * rows // num_parts - row
+            if start == 0:
+                _begin(job, row, count, first, width)
             x, to = job[_X] + row * in_width * 4, out + row * out_stride
+            # The first part reads the block from memory, in order, which the CPU foresees. The others fetch the next one meanwhile.
+            ahead = weights + stop * row_nbytes + (part - 1) * (stop - start) * LINE_NBYTES
+            if part == 0 or part * LINE_NBYTES > row_nbytes:
+                ahead = weights + start * row_nbytes
             at = start
             while at < stop:
                 length = min(group - at % group, stop - at)
@@ -215,41 +258,24 @@ def _multiply_panel(kind: int, job: Any, panel: int, out: int, out_stride: int) 
                 zeros = job[_ZEROS] + of_group * job[_ZEROS_STEP]
                 scales = job[_SCALES] + of_group * (2 * PANEL)
                 _tile(
-                    kind, count, weights + at * row_nbytes, x + at * 4, in_width * 4, length, to, out_stride, scales, zeros
-                )  # fmt: skip
+                    kind,
+                    count,
+                    weights + at * row_nbytes,
+                    x + at * 4,
+                    in_width * 4,
+                    length,
+                    to,
+                    out_stride,
+                    scales,
+                    zeros,
+                    ahead + (at - start) * LINE_NBYTES,
+                )
                 at += length
-
-
-@_cached(njit, nogil=True, inline="never")
-def _run_panel(kind: int, job: Any, panel: int) -> None:
-    """Bias and residual first, so that the tiles only add."""
-    literally(kind)
-    rows, out_width = job[_ROWS], job[_OUT]
-    first = panel * PANEL
-    width = min(PANEL, out_width - first)
-    out = carray(_floats(job[_TO]), (rows, out_width))
-    if job[_RESIDUAL] == 0:
+    if width < PANEL:
+        whole = carray(_floats(job[_TO]), (rows, out_width))
         for row in range(rows):
             for i in range(width):
-                out[row, first + i] = 0.0
-    elif job[_RESIDUAL] != job[_TO]:
-        residual = carray(_floats(job[_RESIDUAL]), (rows, out_width))
-        for row in range(rows):
-            for i in range(width):
-                out[row, first + i] = residual[row, first + i]
-    if job[_BIAS] != 0:
-        bias = carray(_floats(job[_BIAS]), (out_width,))
-        for row in range(rows):
-            for i in range(width):
-                out[row, first + i] += bias[first + i]
-    if width == PANEL:
-        _multiply_panel(kind, job, panel, job[_TO] + first * 4, out_width * 4)
-        return
-    whole = np.zeros((rows, PANEL), np.float32)  # the last panel is wider than what is left of a row
-    _multiply_panel(kind, job, panel, whole.ctypes.data, PANEL * 4)
-    for row in range(rows):
-        for i in range(width):
-            out[row, first + i] += whole[row, i]
+                whole[row, first + i] += spare[row, i]
 
 
 # What each thread does, by kind: panels, until there are none left.

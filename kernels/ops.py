@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu
+from kernels import cpu, panels
 from kernels.cuda_matrix import CudaMatrix
 from kernels.panels import PanelMatrix, StackedMatrix
 
@@ -85,12 +85,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-def pack(weight: Tensor) -> Tensor:
-    """The same matrix in the layout that linear() likes best, for good: oneDNN's blocked one for float32 on the CPU.
+def pack(weight: Tensor) -> Tensor | PanelMatrix:
+    """The same matrix in the layout that linear() likes best, for good. It can be given to linear() and to nothing else.
 
-    Measured on one AVX-512 core with 3072 x 576: 1 row 15 GFLOP/s packed and 9 by F.linear, 16 rows 121 and 51, 512 rows 220
-    and 90. A packed matrix can be given to linear() and to nothing else.
+    float32 on a CPU: panels with AVX-512 (kernels/cpu_linear.py), else oneDNN's blocked layout. Chosen by a table over rows and
+    shapes (docs/quantization.md): against oneDNN panels take 0.6 to 0.9 of the time at 1 to 16 rows and the same from 64 on, and
+    both are 2 to 4 times as fast as F.linear. Two layouts, one for few rows and one for many, would hold every weight twice.
     """
+    if weight.device.type == "cpu" and weight.dtype is torch.float32 and panels.is_best_for_float32():
+        return panels.pack_float32(weight)
     if weight.device.type == "cpu" and weight.dtype is torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return torch.ops.mkldnn._reorder_linear_weight(weight)  # type: ignore[no-any-return]
     return weight

@@ -134,6 +134,15 @@ def has_kernel() -> bool:
     return cpu_linear.is_usable()
 
 
+def is_best_for_float32() -> bool:
+    """With AVX-512. With AVX2 the tiles are right, and only measured for quantised weights, where nothing else competes."""
+    if not has_kernel():
+        return False
+    from kernels import cpu_linear
+
+    return cpu_linear.IS_WIDE
+
+
 def warm_up(kind: int) -> None:
     """Have the loop for this kind compiled, or read from where it was kept, before a request needs it."""
     if has_kernel():
@@ -153,4 +162,5 @@ def to_panels(rows: Tensor) -> Tensor:
 def pack_float32(weight: Tensor) -> PanelMatrix:
     """weight float32 [out, in]."""
     out_width, in_width = weight.shape
+    warm_up(FLOAT32)
     return PanelMatrix(FLOAT32, in_width, out_width, in_width, to_panels(weight))

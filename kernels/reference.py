@@ -26,6 +26,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.to(x.dtype)
 
 
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_len: int, order: Tensor | None = None) -> Tensor:
+    """float64 [out, in], weight by weight. codes [out, in], scales and zeros [out, num_groups]; order: as in quantized.Codes."""
+    out_width, in_width = codes.shape
+    weight = torch.empty(out_width, in_width, dtype=torch.float64)
+    for place in range(in_width):
+        group = place // group_len
+        column = (codes[:, place].double() - zeros[:, group].double()) * scales[:, group].double()
+        weight[:, place if order is None else int(order[place])] = column
+    return weight
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.double().chunk(2, dim=-1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)

@@ -36,6 +36,11 @@ def codes_of(bits: int, out_width: int, in_width: int, group_len: int, zeros: bo
     return Codes(bits, group_len, integers(out_width, in_width), scales, points, permuted)
 
 
+def twin(codes: Codes) -> Tensor:
+    zeros = torch.full_like(codes.scales, 2 ** (codes.bits - 1)) if codes.zeros is None else codes.zeros
+    return reference.dequantize(codes.codes, codes.scales, zeros, codes.group_len, codes.order).float()
+
+
 def error(found: Tensor, wanted: Tensor) -> float:
     assert found.shape == wanted.shape
     assert found.is_contiguous()
@@ -83,8 +88,9 @@ def test_codes(rows: int, shape: tuple[int, int], bits: int, zeros: bool, kind: 
     matrix = pack([codes])
     if shape != (1, 1):
         assert matrix.kind == kind
-    weight = codes.dequantized()
-    assert torch.equal(matrix.dequantized(), weight)
+    weight = twin(codes)
+    assert error(codes.dequantized(), weight) < 1e-6
+    assert torch.equal(matrix.dequantized(), codes.dequantized())
     check(matrix, weight, rows)
 
 
@@ -94,7 +100,7 @@ def test_inputs_in_another_order() -> None:
     assert not torch.equal(codes.dequantized(), Codes(4, 32, codes.codes, codes.scales, codes.zeros).dequantized())
     matrix = pack([codes])
     assert torch.equal(matrix.dequantized(), codes.dequantized())
-    check(matrix, codes.dequantized(), 3)
+    check(matrix, twin(codes), 3)
 
 
 @pytest.mark.usefixtures("way")
@@ -236,6 +242,15 @@ print(len(calls))
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.split() == [wanted]
     assert list(tmp_path.rglob("*.nbc"))
+
+
+def test_without_numba_float32_is_packed_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panels, "has_kernel", lambda: False)
+    weight, x = random(70, 100), random(5, 100, seed=1)
+    packed = ops.pack(weight.clone())
+    assert isinstance(packed, Tensor)
+    assert packed.is_mkldnn
+    assert error(ops.linear(x, packed), reference.linear(x, weight)) < 1e-6
 
 
 def test_numba_is_not_imported_before_it_is_wanted() -> None:

@@ -379,6 +379,23 @@ async def test_dtype_of_weights_and_kv(start, dtype):
     assert all(math.isfinite(entry.logprob) and entry.rank == 1 for entry in entries)
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+async def test_quantization_of_weights(start, quantization):
+    """Prefilled on one worker, decoded on another; KV stays float32."""
+    async with start(
+        "bundled", "--quantization", quantization, "--num-gpu-blocks-override", "64", "--max-model-len", "256"
+    ) as made:
+        assert str(made.loaded.quantization) == quantization
+        assert made.loaded.dtype is torch.float32
+        prompt = made.tokenizer.encode("def add(a, b):\n    return")
+        asked = msgspec.structs.replace(request(prompt, max_tokens=6, logprobs=1), model="bundled")
+        events = await events_of(made, asked)
+        assert isinstance(events[-1], Finished), events[-1]
+    entries = [entry for event in events if isinstance(event, Tokens) for entry in event.logprobs]
+    assert len(entries) == 6
+    assert all(math.isfinite(entry.logprob) and entry.rank == 1 for entry in entries)
+
+
 async def test_device_cpu(start):
     async with start("--device", "cpu") as made:
         assert {row["device"] for row in made.status_rows()} == {"cpu"}
