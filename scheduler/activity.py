@@ -18,8 +18,8 @@ class Activity:
 
     def __init__(self) -> None:
         self._came: OrderedDict[str, float] = OrderedDict()  # tenant -> when its last request came
-        # tenant -> prompt tokens that it asked for, those of ASKED_S ago counted e times less. Instead of making all others less, a new one
-        # counts for more, from `_asked_since` on, which is moved now and then.
+        # tenant -> prompt tokens that it asked for, those of ASKED_S ago counted e times less. Instead of making all others
+        # less, a new one counts for more, from `_asked_since` on, which is moved now and then.
         self._asked: dict[str, float] = {}
         self._all_asked = 0.0
         self._asked_since = 0.0

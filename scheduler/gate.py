@@ -155,7 +155,8 @@ class Gate:
         price = self.prices.setdefault(admit.model, Price())
         price.asked(seen.cost, is_short)
         if not reason and is_short and not is_appointed and seen.is_trusted and terms.refuses_late:
-            reason = "slo_ttft" if price.is_too_much(seen.cost) and self._has_more(admit, now) else ""
+            costs_too_much = price.is_too_much(seen.cost) and self._has_more(admit, now) and not self._has_less(admit, now)
+            reason = "slo_ttft" if costs_too_much else ""
         if not reason:
             return Entered(mine, terms, seen, is_appointed=is_appointed)
         victim = self._queue.costliest(admit.model, terms.band, admit.tenant) if reason == "slo_ttft" else None

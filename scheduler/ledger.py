@@ -308,8 +308,8 @@ class Ledger:
         return self._adopt(worker, {r: e for r, e in running.items() if not is_over(r, e)}, now)
 
     def _outlives(self, entry: Entry, generated: float) -> None:
-        """It has had more tokens than it was expected to get, or nearly: it will hold more at its end. Nobody knows its length; what
-        has come so far says that it is a long one."""
+        """It has had more tokens than it was expected to get, or nearly: it will hold more at its end. Nobody knows its length;
+        what has come so far says that it is a long one."""
         info, before = entry.decode.info, entry.num_blocks_at_end
         expected = max(entry.expected_output, min(float(entry.max_tokens), generated + (1 - REST) * entry.expected_output))
         after = blocks_at_end(info, entry.prompt_len, entry.num_choices, expected)

@@ -161,8 +161,8 @@ class Placing:
                     self._scheduler.fairness.lift_to(other.band, other.admit.tenant, service)
 
     def _is_held_back(self, item: Item, now: float) -> bool:
-        """Whether who was blocked just now may wait only because its tenant asks for too much: then it is no reason for those to wait
-        who ask for less than their share."""
+        """Whether who was blocked just now may wait only because its tenant asks for too much: then it is no reason for those to
+        wait who ask for less than their share."""
         scheduler = self._scheduler
         if not self._is_joint or item.admit.resumption or not isinstance(scheduler.queue.orders.get(item.admit.model), Banded):
             return False

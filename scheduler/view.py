@@ -112,7 +112,9 @@ class View:
         a, b, square = rows.theta(_prefill_theta)
         queue = self._queue_s(rows, a)
         if self.goes_first:  # it waits for the step under way, and for others like it
-            queue = np.minimum(queue, live[FIRST_S] + np.where(rows.batch > 0, (a + b * rows.batch / 1e3) * live[PREFILL_DRIFT], math.inf))
+            queue = np.minimum(
+                queue, live[FIRST_S] + np.where(rows.batch > 0, (a + b * rows.batch / 1e3) * live[PREFILL_DRIFT], math.inf)
+            )
         work = (a + b * (n - c) / 1e3 + square * (n * n - c * c) / 1e6) * live[PREFILL_DRIFT]
         blocks = rows.num_blocks_for(n)
         ttft = queue + work + self.transfer_s(rows)
