@@ -6,6 +6,7 @@ A model whose first in line found no room is looked at again only when something
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from protocol.errors import Failure, InternalError
@@ -46,6 +47,13 @@ def _may_overtake(item: Item, blocked: Item) -> bool:
 
 def _may_be_overtaken(item: Item) -> bool:
     return item.refuses_late and not item.is_appointed and not item.admit.resumption
+
+
+def _skip_tenant(walk: Iterator[Item]) -> None:
+    """Leave out the rest of the last item's tenant, where the order knows tenants."""
+    skip_tenant = getattr(walk, "skip_tenant", None)
+    if skip_tenant is not None:
+        skip_tenant()
 
 
 class Load(NamedTuple):
@@ -123,14 +131,12 @@ class Placing:
                     break
                 if not self.asks_less(item.admit, LESS, now):
                     skipped.append(item)
-                    walk.skip_tenant()
+                    _skip_tenant(walk)
                     continue
             was_backlog = self._scheduler.queue.num_of[model] > 1
             service = self._scheduler.fairness.service(item.band, item.admit.tenant)
             if self._has_its_share(item, pool):
-                skip_tenant = getattr(walk, "skip_tenant", None)
-                if skip_tenant is not None:
-                    skip_tenant()
+                _skip_tenant(walk)
                 self._scheduler.fairness.lift(item.band, item.admit.tenant)
                 self.retry_at[model] = now + RETRY_S
                 continue
@@ -140,7 +146,7 @@ class Placing:
                 self.retry_at[model] = now + RETRY_S
                 if decision is Blocked.NO_ROOM and self._is_held_back(item, now):
                     skipped.append(item)
-                    walk.skip_tenant()
+                    _skip_tenant(walk)
                     self.retry_at[model] = now + max(MIN_RETRY_S, min(RETRY_S, joint.free_in_s))
                     continue
                 if decision is Blocked.NO_ROOM:  # none of another tenant overtakes

@@ -198,7 +198,7 @@ class View:
             # Choices that differ come back one after the other, so alone it needs no more than the first of them does.
             begin = np.where(is_empty, np.minimum(begin, blocks), begin)
         seats = usable & (is_empty | (decoding * surviving + coming <= rows.max_seqs - choices))
-        self.has_seats = np.count_nonzero(seats) > 0
+        self.has_seats = bool(np.count_nonzero(seats))
         if not self.has_seats:
             return Decodes(tpot, seats, seats)
         at_end = live[AT_END] + (blocks + choices * np.ceil(math.ceil(self.expected) / rows.one_block_size))
