@@ -18,6 +18,7 @@ class Job:
     def __init__(self, message: Prefill, gateway: Peer, link: Link, now: float = 0.0) -> None:
         self.request = message.request
         self.epoch = message.ticket.epoch
+        self.goes_first = message.ticket.goes_first
         self.grant: Grant = message.grant
         self.gateway = gateway
         self.link = link

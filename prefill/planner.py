@@ -1,7 +1,8 @@
 """Which prompts get how many tokens of the next prefill step. Pure: state in, plan out; called by `worker.py`.
 
 First come, first served, in chunks: the oldest prompt takes as much of the token budget as it can use, the rest goes to the
-next, so a step is always about as large as the budget and nobody overtakes.
+next, so a step is always about as large as the budget. Nobody overtakes but those whose ticket says that they go first: they
+stand before the others, among themselves as they came, from the next step on.
 """
 
 from __future__ import annotations
@@ -31,8 +32,16 @@ def plan(active: Seq[Sequence], max_num_batched_tokens: int) -> list[PlannedChun
     return chunks
 
 
+def place_in(line: Seq[bool], goes_first: bool) -> int:
+    """Where in a line a newcomer stands; line: of each that is there whether it goes first."""
+    at = len(line)
+    while goes_first and at > 0 and not line[at - 1]:
+        at -= 1
+    return at
+
+
 def num_admissible(waiting: Seq[int], num_active: int, max_num_seqs: int, num_free_blocks: int) -> int:
-    """How many of the waiting prompts (as numbers of blocks they need, oldest first) may start now; no overtaking."""
+    """How many of the waiting prompts (as numbers of blocks they need, in their order) may start now; none is left out."""
     count = 0
     for num_blocks in waiting:
         if num_active + count >= max_num_seqs or num_blocks > num_free_blocks:

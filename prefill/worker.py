@@ -31,7 +31,7 @@ from kvtransfer.transport import Sender
 from prefill.handover import Handover
 from prefill.job import Job
 from prefill.links import Link
-from prefill.planner import num_admissible, plan
+from prefill.planner import num_admissible, place_in, plan
 from protocol.errors import (
     Draining,
     HandshakeRefused,
@@ -202,7 +202,7 @@ class PrefillWorker:
             raise
         if job.is_dropped:  # while the ranks were getting ready
             raise TransferFailed(f"{grant.request_id}, epoch {grant.epoch}, was cancelled")
-        self._waiting.append(job)
+        self._waiting.insert(place_in([other.goes_first for other in self._waiting], job.goes_first), job)
         self._wake.set()
         return Ok()
 
@@ -390,7 +390,7 @@ class PrefillWorker:
             job.cached_tokens, job.started_at = job.sequence.num_computed, self._clock()
             self._counts["prefix_queries"] += job.grant.num_tokens
             self._counts["prefix_hits"] += job.cached_tokens
-            self._active.append(job)
+            self._active.insert(place_in([other.goes_first for other in self._active], job.goes_first), job)
 
     def _emit(self, chunks: list[Chunk], result: StepResult, jobs: dict[int, Job]) -> None:
         samples = {id(sample.sequence): sample for sample in result.samples}

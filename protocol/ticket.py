@@ -30,8 +30,9 @@ class WorkerRef(msgspec.Struct, frozen=True):
 class Ticket(msgspec.Struct, frozen=True, tag="ticket"):
     """Which workers serve which attempt of a request. prefill None: the decode worker prefills by itself.
 
-    degraded: what was taken off so that it could be served, in words for `x-tandem-degraded`; "" for nothing. Then slo_class,
-    max_tokens and model say what holds instead of what was asked for; their defaults: as asked.
+    goes_first: its tenant asks for well less than its share: on the prefill worker the next step is its own, before those of
+    tenants who do not. degraded: what was taken off so that it could be served, in words for `x-tandem-degraded`; "" for nothing. Then
+    slo_class, max_tokens and model say what holds instead of what was asked for; their defaults: as asked.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class Ticket(msgspec.Struct, frozen=True, tag="ticket"):
     slo_class: str = ""
     max_tokens: int | None = None
     model: str = ""
+    goes_first: bool = False
 
 
 class Grant(msgspec.Struct, frozen=True, tag="grant"):

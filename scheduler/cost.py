@@ -71,9 +71,9 @@ class Fit:
         a = [[v + w for v, w in zip(row, prior, strict=True)] for row, prior in zip(self._a, self._prior_a, strict=True)]
         b = [v + w for v, w in zip(self._b, self._prior_b, strict=True)]
         if len(b) == 3:
-            found = _solve_three(a, b)  # nearly always the answer
-            if found is not None and min(found) >= 0:
-                self.theta = [max(self._floor, found[0]), found[1], found[2]]
+            all_free = _solve_three(a, b)  # nearly always the answer
+            if all_free is not None and min(all_free) >= 0:
+                self.theta = [max(self._floor, all_free[0]), all_free[1], all_free[2]]
                 return
         best, best_loss = self.theta, math.inf
         for subset in self._subsets:

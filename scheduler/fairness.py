@@ -113,6 +113,12 @@ class Fairness:
         if others and min(others) > self._services.get((band, tenant), 0.0):
             self._add(band, tenant, min(others) - self._services.get((band, tenant), 0.0))
 
+    def lift_to(self, band: int, tenant: str, service: float) -> None:
+        """It let one pass that had been served so much, because it floods. Never lowers."""
+        short = service - self._services.get((band, tenant), 0.0)
+        if short > 0:
+            self._add(band, tenant, short)
+
     def _add(self, band: int, tenant: str, service: float) -> None:
         key = band, tenant
         level = self._services[key] = self._services.get(key, 0.0) + service

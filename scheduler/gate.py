@@ -28,7 +28,7 @@ from scheduler.forecast import Forecast, forecast, has_workers, work_ahead, work
 from scheduler.pace import Pace
 from scheduler.placement import Rules
 from scheduler.price import Price
-from scheduler.queue import Item, Queue
+from scheduler.queue import NOTHING, Item, Queue
 from scheduler.residuals import Residuals
 from scheduler.table import Pool
 from scheduler.terms import Terms, promised, terms_of
@@ -149,13 +149,14 @@ class Gate:
         # Before one that comes when told stand only those whose time was before its own.
         seen = self.forecast(mine, tenants, terms, now, before=now if is_appointed else None)
         reason = self._missed(mine, terms, seen, is_appointed)
-        if reason == "slo_ttft" and seen.alone_s <= self._left(mine, terms) and self._is_next(admit, terms, now):
+        if reason == "slo_ttft" and self._is_next(admit, terms, now, seen.alone_s, self._left(mine, terms)):
             reason = ""  # others' backlog is no reason to refuse it
         is_short = seen.queue_s > SHORT * self._left(mine, terms)
         price = self.prices.setdefault(admit.model, Price())
         price.asked(seen.cost, is_short)
         if not reason and is_short and not is_appointed and seen.is_trusted and terms.refuses_late:
-            reason = "slo_ttft" if price.is_too_much(seen.cost) and self._has_more(admit, now) else ""
+            costs_too_much = price.is_too_much(seen.cost) and self._has_more(admit, now) and not self._has_less(admit, now)
+            reason = "slo_ttft" if costs_too_much else ""
         if not reason:
             return Entered(mine, terms, seen, is_appointed=is_appointed)
         victim = self._queue.costliest(admit.model, terms.band, admit.tenant) if reason == "slo_ttft" else None
@@ -166,10 +167,10 @@ class Gate:
             return degraded._replace(is_appointed=is_appointed)
         raise self.late(mine, terms, seen, reason, now)
 
-    def _is_next(self, admit: Admit, terms: Terms, now: float) -> bool:
-        """Whether its tenant has well less than its share, and nothing waiting: then it is served before all others."""
-        waiting = self._queue.waiting.get((admit.model, terms.band), {})
-        return admit.tenant not in waiting and self._has_less(admit, now)
+    def _is_next(self, admit: Admit, terms: Terms, now: float, alone_s: float, left: float) -> bool:
+        """Whether its tenant has well less than its share, and little waiting: then it is served before all others, in time."""
+        own = self._queue.waiting.get((admit.model, terms.band), {}).get(admit.tenant, NOTHING)
+        return alone_s * (1 + own.requests) <= left and self._has_less(admit, now)
 
     def would_admit(self, admit: Admit, tenants: Tenants, now: float, before: float | None = None) -> bool:
         """Whether its promise would be kept if it came now; changes nothing. before: appointments made for later do not count."""

@@ -33,6 +33,7 @@ from scheduler.table import (
     COMING,
     CONTEXT,
     DECODING,
+    FIRST_S,
     HEAD_TOKENS,
     NUM_PREFILLS,
     TAKES,
@@ -60,6 +61,7 @@ class Circumstances(NamedTuple):
     prefers_spot: bool = False
     has_others: bool = False  # several tenants are about: what is given to a worker early stands before theirs
     leaves_room: bool = False  # its tenant has more than its share: room for some of others' stays free
+    goes_first: bool = False  # its tenant has well less than its share: a prefill worker's next step is its own
     keeps_short: bool = False  # the same where few tenants are about: only the step under way stands before others' prompts
 
 
@@ -89,6 +91,8 @@ class Joint:
         pool = workers if isinstance(workers, Pool) else Pool(workers)
         view = self.view = View(admit, pool, output, matches, self._rules, now)
         view.leaves_room = self.circumstances.leaves_room
+        view.leaves_blocks = self.circumstances.keeps_short
+        view.goes_first = self.circumstances.goes_first
         self._seen = (None, None)
         self.waits_for_decode = self.lacks_size = True
         rows = pool.decode
@@ -199,6 +203,8 @@ class Joint:
         lookahead_s = self.lookahead_s(view.admit)
         if self.circumstances.keeps_short:
             lookahead_s = 0.0
+        if self.circumstances.goes_first:
+            return bool(rows.live[FIRST_S, best] > self._promised_lookahead_s(view.admit))
         if waiting[best] < 1 or prefills.queue_s[best] <= lookahead_s:
             return False
         can = np.isfinite(prefills.ttft_s)
@@ -213,8 +219,9 @@ class Joint:
         return True
 
     def lookahead_s(self, admit: Admit) -> float:
-        if self.circumstances.has_others:
-            return MIN_LOOKAHEAD_S
+        return MIN_LOOKAHEAD_S if self.circumstances.has_others else self._promised_lookahead_s(admit)
+
+    def _promised_lookahead_s(self, admit: Admit) -> float:
         promise = admit.ttft_slo_s or self._rules.max_prefill_queue_s
         return max(MIN_LOOKAHEAD_S, min(MAX_LOOKAHEAD_S, LOOKAHEAD_SHARE * promise))
 
@@ -246,7 +253,9 @@ class Joint:
     def _deflect(self, view: View, usable: Bools, local: Prefills | None, ttft_s: float, left: float) -> Placement | None:
         """A decode worker does the prefill where the pool would miss the promise, or has more waiting than it can do in time."""
         rows, admit = view.pool.decode, view.admit
-        is_needed = ttft_s > left or self.circumstances.backlog_s > 0.5 * (admit.ttft_slo_s or math.inf)
+        # What waits is before it only where it does not go first.
+        waits = self.circumstances.backlog_s if not self.circumstances.goes_first else 0.0
+        is_needed = ttft_s > left or waits > 0.5 * (admit.ttft_slo_s or math.inf)
         if not is_needed or self._max_deflected_share <= 0 or left == math.inf or not self.is_trusted(rows):
             return None
         local = local or view.local(rows, usable)
@@ -292,7 +301,7 @@ class Joint:
         alone = decode.cost.decode_s(1, view.admit.prompt_len + view.expected / 2) * decode.decode_drift.factor
         limit = limit if alone * view.margin(view.pool.decode) <= limit else math.inf
         cached = int(found.cached[at])
-        return Placement(decode, prefill, cached, float(found.work_s[at]), ttft_s, view.expected, tpot_s, limit)
+        return Placement(decode, prefill, cached, float(found.work_s[at]), ttft_s, view.expected, tpot_s, limit, view.goes_first)
 
     # ---- why -------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ def learn_from_first_token(entry: Entry, prefill_s: float, now: float) -> None:
         return  # it overtook somebody, so when it began is not known
     service = now - max(entry.placed_at, worker.prefill_head_since)
     service = min(service, prefill_s) if prefill_s > 0 else service
-    if _shared_its_step(entry):
+    if entry.was_overtaken or _shared_its_step(entry):
         return
     predicted = worker.cost.prefill_s(entry.prompt_len, entry.cached)
     worker.cost.prefill_error.observe(service, predicted * worker.prefill_drift.factor)

@@ -46,6 +46,7 @@ class Entry:
         ttft_s: float = 0.0,
         tpot_s: float = 0.0,
         max_tokens: int = 2**30,
+        goes_first: bool = False,
     ) -> None:
         self.request_id = request_id
         self.epoch = epoch
@@ -72,6 +73,8 @@ class Entry:
         self.num_context_tokens = num_choices * (prompt_len + expected_output / 2)
         self.num_blocks_now = blocks_to_reserve(decode.info, prompt_len, num_choices)
         self.max_tokens = max_tokens
+        self.goes_first = goes_first  # at its prefill worker
+        self.was_overtaken = False  # there, by one that does
         self.num_blocks_held = 0  # at its end, once that is known
         self.num_blocks_at_end = blocks_at_end(decode.info, prompt_len, num_choices, expected_output)
 
@@ -128,6 +131,7 @@ class WorkerState:
         self.prefill_backlog_s = 0.0
         self.prefill_tokens = 0  # of these prompts, what no cache holds
         self.prefill_head_since = now  # when the one at the head began
+        self.first_backlog_s = 0.0  # of `prefill_backlog_s`, of those that go first
         # Sums over `entries`.
         self.num_coming = 0  # choices whose prefill is not over
         self.num_decoding = 0
@@ -218,6 +222,10 @@ class Ledger:
         prefilling.prefills[entry.request_id] = entry
         prefilling.prefill_tokens += entry.uncached
         prefilling.prefill_backlog_s += entry.prefill_s
+        if entry.goes_first:
+            prefilling.first_backlog_s += entry.prefill_s
+            for other in prefilling.prefills.values():
+                other.was_overtaken |= not other.goes_first
 
     def first_token(self, entry: Entry, now: float) -> None:
         """Its prefill is over: it no longer loads the prefill worker and is one of the decoding."""
@@ -258,6 +266,8 @@ class Ledger:
         if worker.prefills.pop(entry.request_id, None) is None:
             return
         worker.prefill_tokens -= entry.uncached
+        if entry.goes_first:
+            worker.first_backlog_s = max(0.0, worker.first_backlog_s - entry.prefill_s) if worker.prefills else 0.0
         worker.prefill_backlog_s = max(0.0, worker.prefill_backlog_s - entry.prefill_s) if worker.prefills else 0.0
         if was_head:
             worker.prefill_head_since = now
@@ -298,8 +308,8 @@ class Ledger:
         return self._adopt(worker, {r: e for r, e in running.items() if not is_over(r, e)}, now)
 
     def _outlives(self, entry: Entry, generated: float) -> None:
-        """It has had more tokens than it was expected to get, or nearly: it will hold more at its end. Nobody knows its length; what
-        has come so far says that it is a long one."""
+        """It has had more tokens than it was expected to get, or nearly: it will hold more at its end. Nobody knows its length;
+        what has come so far says that it is a long one."""
         info, before = entry.decode.info, entry.num_blocks_at_end
         expected = max(entry.expected_output, min(float(entry.max_tokens), generated + (1 - REST) * entry.expected_output))
         after = blocks_at_end(info, entry.prompt_len, entry.num_choices, expected)

@@ -53,7 +53,9 @@ def ticket_of(item: Item, placement: Placement) -> Ticket:
     prefill = placement.prefill.ref if placement.prefill else None
     admit = item.admit
     if not item.degraded:
-        return Ticket(admit.request_id, item.epoch, placement.decode.ref, prefill, placement.ttft_s)
+        return Ticket(
+            admit.request_id, item.epoch, placement.decode.ref, prefill, placement.ttft_s, goes_first=placement.goes_first
+        )
     return Ticket(
         admit.request_id,
         item.epoch,
@@ -64,4 +66,5 @@ def ticket_of(item: Item, placement: Placement) -> Ticket:
         slo_class=admit.slo_class,
         max_tokens=admit.max_tokens,
         model=admit.model,
+        goes_first=placement.goes_first,
     )

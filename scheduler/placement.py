@@ -29,6 +29,7 @@ class Placement(NamedTuple):
     expected_output: float  # tokens of one choice
     tpot_s: float = 0.0  # predicted; 0: not
     tpot_limit: float = math.inf  # seconds a token that others must leave it; infinite: nothing was promised that could be kept
+    goes_first: bool = False  # at the prefill worker: before those whose tenants have had their share
 
 
 class Refused(NamedTuple):

@@ -6,6 +6,7 @@ A model whose first in line found no room is looked at again only when something
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from protocol.errors import Failure, InternalError
@@ -15,6 +16,7 @@ from scheduler import admission
 from scheduler.activity import Activity
 from scheduler.joint import Circumstances
 from scheduler.ledger import Entry
+from scheduler.order import Banded
 from scheduler.papers import item_of, ticket_of
 from scheduler.placement import Blocked, Placement, Refused
 from scheduler.queue import Item
@@ -29,6 +31,8 @@ log = logging.getLogger("scheduler.scheduler")
 RETRY_S = 0.25  # how soon time alone may make room (predicted ends)
 MIN_RETRY_S = 0.002
 MAX_OVERTAKERS = 3  # smaller requests that are tried when the first of its tenant finds no decode room
+MUCH = 1.4  # times its share: above that a tenant asks for much more
+LESS = 0.7  # of its share: below that a tenant has well less
 MAX_SEEN = 16  # of its tenant's that are looked at for that
 NOBODY = Pool()
 
@@ -43,6 +47,13 @@ def _may_overtake(item: Item, blocked: Item) -> bool:
 
 def _may_be_overtaken(item: Item) -> bool:
     return item.refuses_late and not item.is_appointed and not item.admit.resumption
+
+
+def _skip_tenant(walk: Iterator[Item]) -> None:
+    """Leave out the rest of the last item's tenant, where the order knows tenants."""
+    skip_tenant = getattr(walk, "skip_tenant", None)
+    if skip_tenant is not None:
+        skip_tenant()
 
 
 class Load(NamedTuple):
@@ -83,7 +94,7 @@ class Placing:
     def came(self, admit: Admit, now: float) -> None:
         """Somebody asked for a model; it exists only if a worker of it has been there."""
         if admit.model in self._scheduler.pools:
-            self._active.setdefault(admit.model, Activity()).came(admit.tenant, now)
+            self._active.setdefault(admit.model, Activity()).came(admit.tenant, admit.prompt_len, now)
 
     def may_place(self, model: str, now: float) -> bool:
         """Whether anything has happened since the first in line found no room that may have made some."""
@@ -104,6 +115,7 @@ class Placing:
         self.retry_at.pop(model, None)
         walk = iter(self._scheduler.queue.orders[model])
         blocked: Item | None = None  # who waits for decode room; smaller ones of its own tenant may go before it
+        skipped: list[Item] = []  # first ones of tenants that flood, whom those that ask for less need not wait for
         num_overtakers = num_seen = 0
         for item in walk:
             if blocked is not None:
@@ -113,11 +125,18 @@ class Placing:
                 if item.cost > 0.9 * blocked.cost:
                     continue
                 num_overtakers += 1
+            if skipped:
+                num_seen += 1
+                if num_seen > MAX_SEEN or item.band != skipped[0].band:
+                    break
+                if not self.asks_less(item.admit, LESS, now):
+                    skipped.append(item)
+                    _skip_tenant(walk)
+                    continue
             was_backlog = self._scheduler.queue.num_of[model] > 1
+            service = self._scheduler.fairness.service(item.band, item.admit.tenant)
             if self._has_its_share(item, pool):
-                skip_tenant = getattr(walk, "skip_tenant", None)
-                if skip_tenant is not None:
-                    skip_tenant()
+                _skip_tenant(walk)
                 self._scheduler.fairness.lift(item.band, item.admit.tenant)
                 self.retry_at[model] = now + RETRY_S
                 continue
@@ -125,6 +144,11 @@ class Placing:
             decision = self._try(item, now, was_backlog)
             if isinstance(decision, Blocked):
                 self.retry_at[model] = now + RETRY_S
+                if decision is Blocked.NO_ROOM and self._is_held_back(item, now):
+                    skipped.append(item)
+                    _skip_tenant(walk)
+                    self.retry_at[model] = now + max(MIN_RETRY_S, min(RETRY_S, joint.free_in_s))
+                    continue
                 if decision is Blocked.NO_ROOM:  # none of another tenant overtakes
                     waits_for_decode = not self._is_joint or joint.waits_for_decode
                     if blocked is None:
@@ -138,6 +162,17 @@ class Placing:
             else:
                 self._scheduler.queue.remove(item.admit.request_id)
                 out.append(decision)
+                # Whom it has passed is as if it had been served as far as this one: so the order among all stays that of services.
+                for other in skipped:
+                    self._scheduler.fairness.lift_to(other.band, other.admit.tenant, service)
+
+    def _is_held_back(self, item: Item, now: float) -> bool:
+        """Whether who was blocked just now may wait only because its tenant asks for too much: then it is no reason for those to
+        wait who ask for less than their share."""
+        scheduler = self._scheduler
+        if not self._is_joint or item.admit.resumption or not isinstance(scheduler.queue.orders.get(item.admit.model), Banded):
+            return False
+        return scheduler.joint.circumstances.keeps_short and self.asks_more(item.admit, now)
 
     def _has_its_share(self, item: Item, pool: Pool | None) -> bool:
         """Whether its tenant holds as much KV as it may (kv_share); one request it may always have."""
@@ -151,14 +186,17 @@ class Placing:
         """What the default placer has to know of queue and tenants."""
         admit, activity = item.admit, self._active.get(item.admit.model)
         has_others = not self.shares_with_nobody(admit, now)
-        leaves_room = has_others and not admit.resumption and self.has_more(admit, now)
+        is_few = activity is not None and activity.is_small_company(now)
+        may_leave = has_others and not admit.resumption
+        leaves_room = may_leave and (self.has_more(admit, now) or (is_few and self.asks_more(admit, now)))
         return Circumstances(
             pressure=load.pressure,
             backlog_s=load.backlog_s,
             prefers_spot=item.band == self.lowest_band,
             has_others=has_others,
             leaves_room=leaves_room,
-            keeps_short=leaves_room and activity is not None and activity.is_small_company(now),
+            goes_first=has_others and not admit.resumption and self.asks_less(admit, LESS, now),
+            keeps_short=leaves_room and is_few,
         )
 
     def shares_with_nobody(self, admit: Admit, now: float) -> bool:
@@ -174,6 +212,19 @@ class Placing:
         """Whether it holds less than this part of its share."""
         shares = self._shares(admit, now)
         return shares is not None and shares[0] < part * shares[1]
+
+    def asks_less(self, admit: Admit, part: float, now: float) -> bool:
+        """Whether it asks for less than this part of its share of all that is asked for. What it holds says little of a tenant that
+        asks seldom beside one whose requests are mostly refused."""
+        activity = self._active.get(admit.model)
+        if activity is None or not activity.others(now):
+            return False
+        share = activity.share(admit.tenant, lambda name: self._scheduler.tenants.tenant(name).weight, now)
+        return activity.asks_for(admit.tenant) < part * share
+
+    def asks_more(self, admit: Admit, now: float) -> bool:
+        """Whether it asks for much more than its share of all that is asked for: it floods."""
+        return self._shares(admit, now) is not None and not self.asks_less(admit, MUCH, now)
 
     def _shares(self, admit: Admit, now: float) -> tuple[float, float] | None:
         """KV blocks that its tenant holds, and its share of all that is held; None while nobody else is about."""
@@ -278,6 +329,7 @@ class Placing:
             ttft_s=placement.ttft_s,
             tpot_s=placement.tpot_s,
             max_tokens=admit.max_tokens,
+            goes_first=placement.goes_first and placement.prefill is not None,
         )
         self._scheduler.ledger.book(entry, now)
         spec = self._scheduler.tenants.tenant(admit.tenant)

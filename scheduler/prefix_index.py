@@ -92,8 +92,9 @@ class PrefixIndex:
         return len(self._holders)
 
     def insert(self, workers: Sequence[str], hashes: Sequence[bytes], tenant: str = "", share: float = 1.0) -> None:
-        """Each of `workers` holds, or soon will, the prefix that ends with each of `hashes`. share: of the whole index that this tenant may
-        fill (hashes are salted by tenant, so each belongs to one); its own least recently used ones go when it has more."""
+        """Each of `workers` holds, or soon will, the prefix that ends with each of `hashes`. share: of the whole index that this
+        tenant may fill (hashes are salted by tenant, so each belongs to one); its own least recently used ones go when it has
+        more."""
         if not hashes:
             return
         if share < 1.0:

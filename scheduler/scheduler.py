@@ -36,7 +36,7 @@ from scheduler.ledger import Entry, Ledger, WorkerState
 from scheduler.order import make_order
 from scheduler.papers import again, item_of
 from scheduler.placement import Placer, Rules
-from scheduler.placing import Decision, Placing
+from scheduler.placing import LESS, Decision, Placing
 from scheduler.prefix_index import Matches, PrefixIndex
 from scheduler.queue import Item, Order, Queue
 from scheduler.records import Gateway, Records
@@ -51,7 +51,6 @@ HASH_BLOCK_LEN = 64  # tokens behind one of Admit.prefix_hashes; the gateways ha
 MAX_REMEMBERED = 65_536  # requests whose last epoch, or whose end, is remembered, so that a late message changes nothing
 MAX_FOUND = 1024  # waiting requests for which is remembered what the prefix index holds
 FORGET_FOUND_S = 0.5
-LESS = 0.7  # of its share: below that a tenant has well less
 MAX_DEAD = 64  # dead workers kept for the status
 
 
@@ -112,7 +111,7 @@ class Scheduler:
             config.retry_budget,
             draw,
             lambda admit, now: self.placing.shares_with_nobody(admit, now) or self.placing.has_more(admit, now),
-            lambda admit, now: self.placing.has_less(admit, LESS, now),
+            lambda admit, now: self.placing.has_less(admit, LESS, now) or self.placing.asks_less(admit, LESS, now),
         )
         self._read_classes()
         self.drain_rate = DrainRate()

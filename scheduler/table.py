@@ -25,8 +25,8 @@ TAKES, BACKLOG_S, HEAD_S, HEAD_SINCE, NUM_PREFILLS, PREFILL_DRIFT = range(6)
 DECODING, COMING, CONTEXT, AT_END, FREE, DECODE_DRIFT, TPOT_LIMIT = range(6, 13)
 TOKENS, HEAD_TOKENS, COMING_CONTEXT = range(13, 16)  # uncached ones of all prompts in the prefill queue, of its first
 TOGETHER, RESIDENT = range(16, 18)  # prompts that go into a step with another one; tokens of context of those that decode
-SEEN_AT = 18  # when the last heartbeat came
-NUM_COLUMNS = 19
+SEEN_AT, FIRST_S = 18, 19  # when the last heartbeat came; seconds of the prefill queue of those that go first
+NUM_COLUMNS = 20
 
 
 def _row(worker: WorkerState) -> tuple[float, ...]:
@@ -51,6 +51,7 @@ def _row(worker: WorkerState) -> tuple[float, ...]:
         _together(worker) if len(worker.prefills) > 1 else 0.0,
         worker.num_context_tokens - worker.num_coming_tokens,
         worker.last_beat_at,
+        worker.first_backlog_s,
     )
 
 

@@ -23,6 +23,7 @@ from scheduler.table import (
     CONTEXT,
     DECODE_DRIFT,
     DECODING,
+    FIRST_S,
     FREE,
     HEAD_S,
     HEAD_SINCE,
@@ -81,6 +82,8 @@ class View:
         self.matches = matches
         self.is_blind = not matches
         self.leaves_room = False
+        self.leaves_blocks = False  # the same in KV blocks
+        self.goes_first = False
         self.has_seats = True
 
     def cached(self, rows: Rows) -> Any:
@@ -108,6 +111,10 @@ class View:
         c = self.cached(rows)
         a, b, square = rows.theta(_prefill_theta)
         queue = self._queue_s(rows, a)
+        if self.goes_first:  # it waits for the step under way, and for others like it
+            queue = np.minimum(
+                queue, live[FIRST_S] + np.where(rows.batch > 0, (a + b * rows.batch / 1e3) * live[PREFILL_DRIFT], math.inf)
+            )
         work = (a + b * (n - c) / 1e3 + square * (n * n - c * c) / 1e6) * live[PREFILL_DRIFT]
         blocks = rows.num_blocks_for(n)
         ttft = queue + work + self.transfer_s(rows)
@@ -191,7 +198,7 @@ class View:
             # Choices that differ come back one after the other, so alone it needs no more than the first of them does.
             begin = np.where(is_empty, np.minimum(begin, blocks), begin)
         seats = usable & (is_empty | (decoding * surviving + coming <= rows.max_seqs - choices))
-        self.has_seats = np.count_nonzero(seats) > 0
+        self.has_seats = bool(np.count_nonzero(seats))
         if not self.has_seats:
             return Decodes(tpot, seats, seats)
         at_end = live[AT_END] + (blocks + choices * np.ceil(math.ceil(self.expected) / rows.one_block_size))
@@ -199,6 +206,9 @@ class View:
         # Since its heartbeat those that decode have grown.
         since = np.minimum(MAX_UNSEEN_S, self.now - live[SEEN_AT])
         grown = decoding * since / (step * rows.one_block_size)
+        if self.leaves_blocks:
+            more = ROOM_FOR * blocks
+            begin, at_end = begin + more, at_end + more + ROOM_FOR * choices * np.ceil(self.expected / rows.one_block_size)
         room = seats & (live[FREE] - grown >= begin + there // 2) & (is_empty | (at_end <= rows.num_blocks))
         later = tpot
         if self.leaves_room:

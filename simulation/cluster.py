@@ -277,7 +277,7 @@ class Simulation:
 
     def _placed(self, ticket: Ticket) -> None:
         req = self.open[ticket.request_id]
-        req.epoch = ticket.epoch
+        req.epoch, req.goes_first = ticket.epoch, ticket.goes_first
         req.num_attempts += 1
         if req.placed_at < 0 or req.num_attempts == 1:
             req.placed_at = self.now

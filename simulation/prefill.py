@@ -12,6 +12,14 @@ from simulation.requests import Events, Req
 from simulation.workers import Worker
 
 
+def _join(line: list[Req] | deque[Req], req: Req) -> None:
+    """Behind everybody, or, if it goes first, behind those that do."""
+    at = len(line)
+    while req.goes_first and at > 0 and not line[at - 1].goes_first:
+        at -= 1
+    line.insert(at, req)
+
+
 class PrefillWorker(Worker):
     """prefill/planner.py: first come, first served, in chunks; a step is as large as its budget."""
 
@@ -26,9 +34,11 @@ class PrefillWorker(Worker):
 
     def accept(self, req: Req, now: float) -> None:
         self.jobs[req.index] = req
-        self.waiting.append(req)
+        _join(self.waiting, req)
         if self.span is None:
             self._plan(now)
+        elif req.goes_first:
+            self.cut(now)  # the next step is its own
         elif req.prefix and len(self.active) < self.limits.max_num_seqs:
             self.cut(now)  # it looks into the cache when it is let in, at the end of a chunk
 
@@ -42,7 +52,7 @@ class PrefillWorker(Worker):
                 break
             self.waiting.popleft()
             req.cached = req.computed
-            self.active.append(req)
+            _join(self.active, req)
 
     def _plan(self, now: float) -> None:
         self._let_in(now)

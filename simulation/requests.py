@@ -23,7 +23,7 @@ class Req:
         "admit", "arrived_at", "at_decode", "at_prefill", "begun_at", "band", "cached", "cls", "computed", "context", "decode",
         "epoch", "finish_step", "first_at", "generated", "index", "num_attempts", "num_retries", "offered_at", "output",
         "placed_at", "prefill", "prefill_tokens", "prefix", "prompt", "recomputed", "sealed", "spare", "tenant", "todo", "waited",
-        "was_refused_at", "joined_step", "tpot_slo_s", "ttft_slo_s", "predicted_s", "is_here", "held",
+        "was_refused_at", "joined_step", "tpot_slo_s", "ttft_slo_s", "predicted_s", "is_here", "held", "goes_first",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +56,7 @@ class Req:
         self.todo = 0
         self.computed = 0
         self.sealed = 0  # hash blocks of it that may be shared where it is being prefilled
+        self.goes_first = False  # at its prefill worker
         self.held = 0  # hash blocks of it that its decode worker had when it set blocks aside
         self.cached = 0  # tokens of its prompt that were not computed
         self.context = 0

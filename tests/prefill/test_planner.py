@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.sequence import Sequence
-from prefill.planner import num_admissible, plan
+from prefill.planner import num_admissible, place_in, plan
 from protocol.request import Request, SamplingParams
 
 
@@ -33,3 +33,10 @@ def test_admission_stops_at_the_first_that_does_not_fit():
     assert num_admissible([3, 5, 1], 0, 8, 7) == 1
     assert num_admissible([3, 4, 1], 0, 8, 8) == 3
     assert num_admissible([1, 1, 1], 6, 8, 100) == 2
+
+
+def test_who_goes_first_stands_before_the_others_and_behind_its_like() -> None:
+    assert place_in([False, False], goes_first=False) == 2
+    assert place_in([False, False], goes_first=True) == 0
+    assert place_in([True, False], goes_first=True) == 1
+    assert place_in([True, True], goes_first=True) == 2

@@ -10,7 +10,7 @@ import pytest
 
 from configs.schema import SchedulerConfig
 from configs.tenants import SloClass, Tenant, Tenants
-from protocol.messages import Progress
+from protocol.messages import Progress, WorkerBeat, WorkerStats
 from protocol.ticket import Ticket
 from scheduler.ledger import WorkerState
 from scheduler.scheduler import Scheduler
@@ -150,3 +150,39 @@ def test_between_equals_the_cheaper_is_taken() -> None:
     ticket = place(scheduler, "a")
     assert ticket.prefill is not None
     assert ticket.prefill.incarnation == "p1#1"
+
+
+def two_tenants() -> Tenants:
+    return Tenants(classes={"standard": SloClass(ttft_s=5.0, tpot_s=0.5)}, tenants={"quiet": Tenant(), "loud": Tenant()})
+
+
+def test_who_asks_for_less_goes_first_on_the_prefill_worker() -> None:
+    scheduler = made([info("p", "prefill"), info("d", "decode", num_blocks=10_000)])
+    scheduler.set_tenants(two_tenants(), 0.0)
+    first = place(scheduler, "l0", tenant="loud", prompt_len=800)
+    assert not first.goes_first, "nobody else is about"
+    for i in range(1, 30):
+        scheduler.submit(ask(f"l{i}", tenant="loud", prompt_len=800), 0.001 * i)
+        scheduler.decisions(0.001 * i)
+    assert len(scheduler.queue) > 10, "the flood waits"
+    scheduler.submit(ask("q", tenant="quiet", prompt_len=800), 0.05)
+    (ticket,) = [found for found in scheduler.decisions(0.05) if isinstance(found, Ticket) and found.request_id == "q"]
+    assert ticket.goes_first
+    assert ticket.prefill is not None, "it need not wait for the prompt under way, nor go elsewhere"
+    overtaken = scheduler.ledger.entries["l0"]
+    assert overtaken.was_overtaken, "how long that one takes now says nothing of prompts"
+    scheduler.check_integrity()
+
+
+def test_who_outlives_its_expected_length_is_taken_to_hold_more() -> None:
+    scheduler = made([info("p", "prefill"), info("d", "decode", num_blocks=10_000)])
+    ticket = place(scheduler, "r", prompt_len=320, max_tokens=4096)
+    worker = next(w for w in scheduler.workers.values() if w.info.role == "decode")
+    scheduler.progress(Progress("r", ticket.epoch, 0.1), 1.0)
+    entry = scheduler.ledger.entries["r"]
+    before, step = worker.blocks_at_end, worker.cost.decode_s(1, entry.num_context_tokens)
+    for now, grows in ((1.0 + 0.5 * entry.expected_output * step, False), (1.0 + 3 * entry.expected_output * step, True)):
+        scheduler.heartbeat(WorkerBeat("d#1", "ready", WorkerStats(num_free_blocks=9000), (("r", ticket.epoch),)), now)
+        assert (worker.blocks_at_end > before) is grows
+    assert worker.blocks_at_end <= 4096 // 16 + 20 + 1, "never beyond what it may have"
+    scheduler.check_integrity()

@@ -162,3 +162,13 @@ def test_a_slower_neighbour_is_felt_only_while_it_works() -> None:
     assert rows(apart) == rows(alone)
     mean = {name: sum(s.results.e2e_s) for name, s in (("alone", alone), ("together", together))}
     assert mean["alone"] < mean["together"] < 1.5 * mean["alone"]
+
+
+def test_a_decode_worker_keeps_what_was_sent_and_is_sent_only_what_it_lacks() -> None:
+    cost = small_cost()
+    arrivals = [Arrival(20.0 * i, "", 10 * 32 + more, 4, tuple(range(10)), 32) for i, more in enumerate((5, 85))]
+    simulation = run(a_setup(arrivals, cost), arrivals)
+    (decode,) = simulation.decodes.values()
+    token = cost.kv.token_nbytes
+    assert decode.link.nbytes == (10 * 32 + 5 + 85) * token, "the second time only what is behind the shared prefix"
+    assert decode.prefix_hits == 10 * 32
