@@ -128,7 +128,7 @@ class Client(threading.Thread):
 
 def ask(key: str) -> str:
     """Empty when it was answered in full."""
-    body = json.dumps({"model": "toy", "prompt": [5] * 40, "max_tokens": 8}).encode()
+    body = json.dumps({"model": "toy", "prompt": [5] * 40, "max_tokens": 8, "ignore_eos": True}).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{URL}/v1/completions", body, headers), timeout=30) as answer:
