@@ -17,7 +17,7 @@ from ray import serve
 from cluster.agent import new_gateway_id
 from cluster.group import config_here
 from cluster.life import WorkerLife, tell_failure
-from cluster.placement import control_options
+from cluster.placement import scheduler_options
 from cluster.ray_process import begin, keep_serve_inside, on_sigterm
 from cluster.ray_ranks import RaySpawn
 from cluster.sizes import SCHEDULER
@@ -102,7 +102,7 @@ def scheduler_actor(config_json: bytes, secret: bytes, **more: Any) -> Any:
         "get_if_exists": True,
         "max_restarts": -1,
         "max_task_retries": -1,
-        **control_options(),
+        **scheduler_options(),
         "max_concurrency": 1000,
         **more,
     }

@@ -7,6 +7,8 @@
     deploy FILE                              hand a Serve configuration to the Ray here (on the head)
     wait SECONDS                             until the application runs and answers (on the head)
     leave SECONDS                            drain what runs on this host, then stop its Ray
+    end SECONDS                              end the application, draining all of it, then stop this host's Ray (on the head)
+    stop                                     stop this host's Ray at once
     alive                                    the addresses of the nodes that Ray counts as alive, one a line (on the head)
 
 All of them read ~/.tandem/cluster.env: RAY_AUTH_TOKEN, TANDEM_CLUSTER_SECRET, TANDEM_GATEWAY_API_KEY, the same on every host. Ray's
@@ -22,6 +24,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -31,6 +34,7 @@ from typing import Any
 
 import yaml
 
+from cluster.placement import HEAD
 from protocol.errors import ConfigError
 
 ENV_FILE = Path("~/.tandem/cluster.env")
@@ -50,8 +54,13 @@ RAY_PORTS = {
 CONTROL = "tandem_control"
 ROLES = ("prefill", "decode")
 ATTEMPTS = 3
-# A host that is silent for less than a minute is not dead to Ray; Tandem's own heartbeats know within seconds.
-PATIENCE = {"RAY_health_check_period_ms": "5000", "RAY_health_check_failure_threshold": "12"}
+# A host that refuses connections is dead to Ray after 4 s, one that is silent after a minute: a head whose cable is out for half of
+# that loses nobody. Tandem's own heartbeats know within seconds.
+PATIENCE = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "15000",
+    "RAY_health_check_failure_threshold": "4",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker.add_argument(f"--{role}", default="")
     deploy = commands.add_parser("deploy")
     deploy.add_argument("file")
-    for name in ("wait", "leave"):
+    commands.add_parser("stop")
+    for name in ("wait", "leave", "end"):
         commands.add_parser(name).add_argument("seconds", type=float)
     commands.add_parser("alive")
     args = parser.parse_args(argv)
@@ -135,6 +145,7 @@ def start_ray(address: str, options: list[str], more: Mapping[str, str]) -> int:
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TANDEM_CONTROL_RESOURCE": CONTROL,
+        "TANDEM_SCHEDULER_RESOURCE": HEAD,
         "TANDEM_TRANSFER_BIND_HOST": address,
     }
     environment.pop("OMP_NUM_THREADS", None)  # the launcher exports 1, and workers would inherit it
@@ -279,12 +290,34 @@ def run_alive(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_end(args: argparse.Namespace) -> int:
+    try:
+        ray = join()
+    except ConfigError as error:
+        print(f"tandem: nothing is drained: {error.message}", file=sys.stderr)
+        return run_stop(args)
+    from ray import serve
+
+    gone = threading.Thread(target=lambda: serve.delete("tandem"), daemon=True)  # it waits for the replicas, without a deadline
+    gone.start()
+    gone.join(args.seconds)
+    if gone.is_alive():
+        print(f"tandem: still draining after {args.seconds:g} s; it ends now", file=sys.stderr)
+    else:
+        ray.shutdown()
+    return run_stop(args)
+
+
+def run_stop(args: argparse.Namespace) -> int:
+    return subprocess.run([_ray(), "stop"]).returncode
+
+
 def run_leave(args: argparse.Namespace) -> int:
     from cluster import leaving
 
     os.environ["RAY_AUTH_MODE"] = "token"
     leaving.main([str(args.seconds)])
-    return subprocess.run([_ray(), "stop"]).returncode
+    return run_stop(args)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -61,11 +62,24 @@ def down(path: str) -> int:
     for problem in problems:  # a dead worker is no reason to keep the others
         print(f"note: {problem}", file=sys.stderr)
     if head is not None:
-        done = up_checks.ssh(cluster, head, _login(f"{_python(cluster)} -m cluster.ray_node leave {LEAVE_S:.0f}"), LEAVE_S + 60)
-        if done.returncode:
-            print(f"note: what ran was not drained: {(done.stderr.strip().splitlines() or ['?'])[-1]}", file=sys.stderr)
+        _stop_hosts(cluster, [head], f"end {LEAVE_S:.0f}")  # first: as long as it lives, it starts workers anew
+        _stop_hosts(cluster, cluster.hosts[1:], "stop")  # the launcher stops the head only; the others would notice after a minute
     _ray(cluster, "down", "--yes")
     return 0
+
+
+def _stop_hosts(cluster: up_checks.Cluster, hosts: list[str], words: str) -> None:
+    """In parallel. Whoever cannot be reached is named, and has no part in the cluster any more."""
+    command = _login(f"{_python(cluster)} -m cluster.ray_node {words}")
+
+    def stop(host: str) -> None:
+        done = up_checks.ssh(cluster, host, command, LEAVE_S + 90)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["?"])[-1]
+            print(f"note: {host} was not stopped in good order: {said}", file=sys.stderr)
+
+    with ThreadPoolExecutor(max(1, min(16, len(hosts)))) as pool:
+        list(pool.map(stop, hosts))
 
 
 def _refuse(problems: list[str], path: str) -> None:

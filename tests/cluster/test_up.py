@@ -224,7 +224,10 @@ def test_a_head_does_no_work_unless_it_is_the_only_machine(started: Any, tmp_pat
     assert {"--num-cpus=0", "--node-ip-address=10.0.0.1", "--include-dashboard=false"} <= set(idle)
     assert not [word for word in idle if word.startswith("--resources")]
     assert '--resources={"tandem_prefill": 1, "tandem_decode": 2, "tandem_control": 1}' in busy
-    assert int(environment["RAY_health_check_period_ms"]) * int(environment["RAY_health_check_failure_threshold"]) > 30_000
+    names = ("period_ms", "timeout_ms", "failure_threshold")
+    period, timeout, threshold = (int(environment[f"RAY_health_check_{name}"]) for name in names)
+    assert period * threshold <= 5_000, "a host that refuses connections"
+    assert (period + timeout) * threshold > 30_000, "a host that is silent"
 
 
 def test_rays_start_is_tried_again(started: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

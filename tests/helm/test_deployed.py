@@ -67,6 +67,7 @@ def running() -> Iterator[Running]:
         "TANDEM_CLUSTER_SECRET": "s" * 32,
         "TANDEM_TRANSFER_BIND_HOST": "127.0.0.1",  # the pod's address
         "TANDEM_CONTROL_RESOURCE": "tandem_control",
+        "TANDEM_SCHEDULER_RESOURCE": "node:__internal_head__",
     }
     command = [sys.executable, "-m", "tests.helm.local_ray", str(port)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -93,7 +94,7 @@ def test_it_answers_with_the_pods_key_and_not_without(running: Running) -> None:
         time.sleep(0.5)
 
 
-def test_nothing_of_ours_runs_on_the_head(running: Running) -> None:
+def test_only_the_scheduler_runs_on_the_head(running: Running) -> None:
     ours = {name: node for name, node in running.where.items() if "tandem" in name}
     kinds = {
         kind: [node for name, node in ours.items() if kind in name] for kind in ("scheduler", "#Gateway", "#Decode", "#Prefill")
@@ -101,7 +102,8 @@ def test_nothing_of_ours_runs_on_the_head(running: Running) -> None:
     assert [len(nodes) for nodes in kinds.values()] == [1, 2, 2, 1], ours
     assert kinds["#Prefill"] == ["prefill-0"]
     assert sorted(kinds["#Decode"]) == ["decode-0", "decode-1"]
-    assert "head" not in ours.values(), ours
+    assert kinds["scheduler"] == ["head"]
+    assert "head" not in kinds["#Gateway"]
 
 
 def test_a_new_configuration_under_load_fails_no_request(running: Running) -> None:

@@ -30,8 +30,15 @@ start() { # I DIR
     echo $! >"$dir/machine$i.pid"
 }
 
+clear() { # a namespace goes with its last process, and takes its cable along only then
+    for name in $(ip netns list | grep -oE "^$NAME[0-9]+"); do ip netns del "$name"; done
+    for cable in $(ip -o link show type veth | grep -oE "${NAME}v[0-9]+"); do ip link del "$cable" 2>/dev/null || true; done
+    ip link del $BRIDGE 2>/dev/null || true
+}
+
 case ${1:?up N DIR | start I DIR | kill I DIR | cut I | mend I | run I DIR COMMAND | down DIR} in
 up)
+    clear
     mkdir -p "$3"
     [ -f "$3/id" ] || ssh-keygen -q -t ed25519 -N '' -f "$3/id"
     [ -f "$3/host_key" ] || ssh-keygen -q -t ed25519 -N '' -f "$3/host_key"
@@ -63,6 +70,5 @@ run)
 down)
     for file in "$2"/machine*.pid; do kill -9 "$(cat "$file")" 2>/dev/null || true; done
     sleep 0.5
-    for name in $(ip netns list | grep -oE "^$NAME[0-9]+"); do ip netns del "$name"; done
-    ip link del $BRIDGE 2>/dev/null || true ;;
+    clear ;;
 esac

@@ -128,13 +128,19 @@ spec:
   valueFrom:
     fieldRef:
       fieldPath: status.podIP
-- name: TANDEM_CONTROL_RESOURCE # gateways and scheduler run where the workers are, not on the head
+- name: TANDEM_CONTROL_RESOURCE # gateways run where the workers are, not on the head
   value: tandem_control
+{{- if not $root.Values.gcsFaultTolerance.redisAddress }}
+- name: TANDEM_SCHEDULER_RESOURCE # on the head, without which nothing lives; with Redis it outlives the head among the workers
+  value: node:__internal_head__
+{{- end }}
 {{- if .isHead }}
-- name: RAY_health_check_period_ms # a node is dead to Ray after a minute of silence; our own heartbeats know within seconds
-  value: "5000"
+- name: RAY_health_check_period_ms # a node that refuses connections is dead to Ray after 4 s, one that is silent after a minute
+  value: "1000"
+- name: RAY_health_check_timeout_ms
+  value: "15000"
 - name: RAY_health_check_failure_threshold
-  value: "12"
+  value: "4"
 {{- end }}
 {{- with $root.Values.extraEnv }}
 {{ toYaml . }}
