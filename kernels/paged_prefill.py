@@ -121,7 +121,7 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     tile = num_tiles - 1 - tl.program_id(0) // NUM_KV_HEADS
     # Sequence i has the tiles from starts[i] // TILE_QUERIES + i on, which is at least as many as it needs.
-    low, high = 0, num_spans
+    low, high = tl.full([], 0, tl.int32), num_spans
     while high - low > 1:
         middle = (low + high) // 2
         if tl.load(starts_ptr + middle) // TILE_QUERIES + middle <= tile:
