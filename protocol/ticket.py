@@ -31,8 +31,8 @@ class Ticket(msgspec.Struct, frozen=True, tag="ticket"):
     """Which workers serve which attempt of a request. prefill None: the decode worker prefills by itself.
 
     goes_first: its tenant asks for well less than its share: on the prefill worker the next step is its own, before those of
-    tenants who do not. degraded: what was taken off so that it could be served, in words for `x-tandem-degraded`; "" for nothing. Then
-    slo_class, max_tokens and model say what holds instead of what was asked for; their defaults: as asked.
+    tenants who do not. degraded: what was taken off so that it could be served, in words for `x-tandem-degraded`; "" for nothing.
+    Then slo_class, max_tokens and model say what holds instead of what was asked for; their defaults: as asked.
     """
 
     request_id: str
