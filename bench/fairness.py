@@ -33,6 +33,7 @@ from configs.tenants import hash_key
 
 START_S = 180.0
 STOP_S = 60.0
+REQUEST_S = 60.0  # patience with one request
 FILE = """classes:
   standard: {{ttft_s: {ttft_s}, tpot_s: 10, when_late: queue}}
 tenants:
@@ -102,11 +103,15 @@ async def measure(
     url: str, keys: dict[str, str], shape: Shape, seconds: float, flood: float, capacity: float | None, seed: int
 ) -> dict[str, Any]:
     """Capacity, the steady tenant alone, then beside the flood."""
-    client = Client(url, keys, timeout_s=300.0)
+    client = Client(url, keys, timeout_s=REQUEST_S)
+    probing_s = max(10.0, seconds / 3)
+    _say(f"the server is up; at most {3 + probing_s + 2 * seconds + 4 * REQUEST_S:.0f} s from here")
     await _closed_loop(client, shape, 4, 3.0, seed)  # what is slow the first time
-    capacity = capacity or await _closed_loop(client, shape, 16, max(10.0, seconds / 3), seed + 1)
+    capacity = capacity or await _closed_loop(client, shape, 16, probing_s, seed + 1)
     rate = capacity / 4
+    _say(f"it carries {capacity:.2f} requests/s; the steady tenant alone, {rate:.2f}/s for {seconds:.0f} s")
     alone = await play(client, shape, {"steady": rate}, seconds, seed + 2)
+    _say(f"the same beside a flood of {flood * rate:.1f}/s")
     both = await play(client, shape, {"steady": rate, "flood": flood * rate}, seconds, seed + 3)
     before, after = seen(alone["steady"]), seen(both["steady"])
     return {
@@ -162,6 +167,11 @@ async def _closed_loop(client: Client, shape: Shape, at_once: int, seconds: floa
 
     await asyncio.gather(*(one(i) for i in range(at_once)))
     return max(0.1, done / seconds)
+
+
+def _say(text: str) -> None:
+    """Progress, at once: the figures come at the end only."""
+    print(text, flush=True)
 
 
 def _body(shape: Shape, rng: random.Random) -> dict[str, Any]:
