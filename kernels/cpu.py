@@ -3,14 +3,11 @@
 `load()` compiles them, or finds them compiled: seconds the first time on a machine, half a second later. Until it was called,
 and for what the kernels do not take (other dtypes, odd sizes), kernels/ops.py does everything with torch.
 
-The threads are those of torch's own OpenMP: its `GOMP_parallel` is called by its C interface, with the thread count that torch has
-in the calling thread. A second pool (numba's) would fight with the first for the cores. Where no such library is found, the
-kernels run in the calling thread alone.
+They run on torch's own threads (kernels/threads.py), as many as torch has in the calling thread.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import threading
@@ -19,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from kernels.threads import run_on_all
 
 if TYPE_CHECKING:
     from kernels.ops import AttentionPlan
@@ -74,29 +73,6 @@ def takes(x: Tensor) -> bool:
 # ---- running -----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _parallel() -> Any:
-    """GOMP_parallel(function, data, num_threads, flags) of the OpenMP that torch uses; None where there is none."""
-    with open("/proc/self/maps") as maps:
-        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "/lib" in line}
-    for path in sorted(paths, key=lambda path: "torch" not in path):
-        if path.rpartition("/")[2].startswith(("libgomp", "libiomp5", "libomp")):
-            try:
-                function = ctypes.CDLL(path).GOMP_parallel
-            except (OSError, AttributeError):
-                continue
-            function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            function.restype = None
-            return function
-    return None
-
-
-@functools.cache
-def _alone(address: int) -> Any:
-    """The entry as a C function, for the calling thread alone."""
-    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
-
-
 class _Mine(threading.local):
     """What one calling thread keeps between calls."""
 
@@ -121,11 +97,7 @@ def _call(entry: Entry, num_pieces: int, cost: int, scratch_nbytes: int, *argume
     num_threads = min(torch.get_num_threads(), num_pieces) if cost >= WORTH_THREADS else 1
     scratch = mine.room(num_threads * scratch_nbytes) if scratch_nbytes else 0
     mine.arguments[: 5 + len(arguments)] = (0, 0, num_pieces, scratch, scratch_nbytes, *arguments)
-    parallel = _parallel() if num_threads > 1 else None
-    if parallel is None:
-        _alone(entry.address)(mine.address)
-    else:
-        parallel(entry.address, mine.address, num_threads, 0)
+    run_on_all(entry.address, mine.address, num_threads)
 
 
 @functools.lru_cache(maxsize=256)

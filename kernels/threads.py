@@ -3,7 +3,7 @@
 A second pool of threads (numba's own, say) would spin against torch's on the same cores. OpenMP's run-time library, which torch has
 loaded, offers what its compilers call for a parallel region: `GOMP_parallel(body, argument, num_threads, flags)`. Called here with
 the address of a compiled function; who takes which part is the body's business (an atomic counter, so a slow core takes less).
-Called by kernels/cpu_linear.py.
+Called by kernels/cpu.py and kernels/cpu_linear.py.
 """
 
 from __future__ import annotations
@@ -17,26 +17,40 @@ import torch
 
 @functools.cache
 def _region() -> Any:
-    """None where the OpenMP library of this torch has no such entry."""
+    """GOMP_parallel of the OpenMP library that torch has loaded (a system may hold another); None where there is none."""
     try:
-        region = ctypes.CDLL(None).GOMP_parallel
-    except (OSError, AttributeError):
+        with open("/proc/self/maps") as maps:
+            paths = {line.split(maxsplit=5)[5].strip() for line in maps if "/lib" in line}
+    except OSError:  # no Linux
         return None
-    region.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    region.restype = None
-    return region
+    for path in sorted(paths, key=lambda path: "torch" not in path):
+        if path.rpartition("/")[2].startswith(("libgomp", "libiomp5", "libomp")):
+            try:
+                region = ctypes.CDLL(path).GOMP_parallel
+            except (OSError, AttributeError):
+                continue
+            region.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            region.restype = None
+            return region
+    return None
 
 
-def run_on_all(body: int, argument: int) -> None:
-    """Call the function at this address with this address, once on each of torch's threads, and wait. Without the GIL.
+@functools.cache
+def _function(body: int) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)
+
+
+def run_on_all(body: int, argument: int, most: int | None = None) -> None:
+    """Call the function at this address with this address, once on each of torch's threads, at most so many, and wait. Without
+    the GIL.
 
     Alone on the calling thread where torch has one thread, or an OpenMP library that cannot be asked.
     """
-    num_threads, region = torch.get_num_threads(), _region()
-    if num_threads == 1 or region is None:
-        _FUNCTION(body)(argument)
+    num_threads = torch.get_num_threads()
+    if most is not None:
+        num_threads = min(num_threads, most)
+    region = _region() if num_threads > 1 else None
+    if region is None:
+        _function(body)(argument)
     else:
         region(body, argument, num_threads, 0)
-
-
-_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

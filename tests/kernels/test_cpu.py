@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu, ops, reference
+from kernels import cpu, ops, reference, threads
 from tests.kernels.test_ops import make_case, relative_error
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,15 +73,15 @@ def layer(rows: int) -> list[Tensor]:
 
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "WORTH_THREADS", 0)
-    assert cpu._parallel() is not None, "torch's OpenMP was not found, so nothing runs on several threads"
+    assert threads._region() is not None, "torch's OpenMP was not found, so nothing runs on several threads"
     one = layer(5)
     try:
-        for threads in (2, 5):
-            torch.set_num_threads(threads)
+        for number in (2, 5):
+            torch.set_num_threads(number)
             assert all(torch.equal(a, b) for a, b in zip(one, layer(5), strict=True))
     finally:
         torch.set_num_threads(1)
-    monkeypatch.setattr(cpu, "_parallel", lambda: None)
+    monkeypatch.setattr(threads, "_region", lambda: None)
     assert all(torch.equal(a, b) for a, b in zip(one, layer(5), strict=True))
 
 
@@ -162,7 +162,7 @@ def in_a_fresh_process(code: str, **environment: str) -> str:
 def test_without_numba_torch_does_the_work() -> None:
     code = (
         "import sys; sys.modules['numba'] = None\n"
-        "import torch; from kernels import cpu, ops\n"
+        "import torch; from kernels import cpu, threads, ops\n"
         "assert not cpu.load() and not cpu.is_ready()\n"
         "print(ops.rms_norm(torch.ones(2, 64), torch.ones(64), 0.0).sum().item())"
     )
@@ -178,7 +178,7 @@ def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(tmp_path: Pa
     code = (
         "import numba.core.caching as caching\n"
         "caching.CacheImpl._locator_classes = []\n"
-        "import torch; from kernels import cpu, ops\n"
+        "import torch; from kernels import cpu, threads, ops\n"
         "assert cpu.load()\n"
         "print(ops.rms_norm(torch.ones(2, 64), torch.ones(64), 0.0).sum().item())"
     )

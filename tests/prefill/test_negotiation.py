@@ -77,7 +77,7 @@ async def test_a_port_that_nobody_listens_on_falls_back(monkeypatch):
         receivers.endpoints["tcp"] = tuple(msgspec.structs.replace(end, port=port) for end in receivers.endpoints["tcp"])
         await one_more(made)
         assert link_of(prefill).transport == "memory"
-        assert "no connection to 127.0.0.1" in prefill.handover.links._pair(link_of(prefill).incarnation).reasons()
+        assert f"to 127.0.0.1:{port} (KV, tcp): refused" in prefill.handover.links._pair(link_of(prefill).incarnation).reasons()
 
 
 async def test_a_better_transport_comes_back_when_its_time_is_over(monkeypatch):
