@@ -258,15 +258,6 @@ def forged_papers_taken() -> Any:
     )
 
 
-def earlier_mapping_forgotten() -> Any:
-    """Once a pair has fallen back to a transport that can refuse, its older mapping of our memory counts as gone."""
-
-    def has_stopped(writer: Any, refused: Any) -> bool:
-        return bool(refused[writer.transport])
-
-    return _replaced(decode.writers.Writer, "has_stopped", has_stopped)
-
-
 def draining_is_the_requests_fault() -> Any:
     """What a drain interrupts is failed with an error that nobody tries again."""
     return _replaced(decode.worker, "WorkerLost", InternalError)
@@ -314,7 +305,6 @@ MUTANTS: dict[str, Callable[[], Any]] = {
         told_digests_believed,
         hashed_is_good,
         forged_papers_taken,
-        earlier_mapping_forgotten,
         draining_is_the_requests_fault,
         drained_prompts_fail,
         draining_worker_refuses_for_good,

@@ -30,7 +30,6 @@ NOTICED_BY: dict[str, int] = {
     "kept_under_another_hash": 29,
     "told_digests_believed": 21,
     "hashed_is_good": 24,
-    "earlier_mapping_forgotten": 1624,
     "draining_is_the_requests_fault": 59,
     "drained_prompts_fail": 11,
     "draining_worker_refuses_for_good": 27,
