@@ -73,7 +73,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             "how workers on one host share its cores: each has its share and borrows idle ones; each uses all of them; each is "
             "kept on its share"
         ),
-    ] = "lend"
+    ] = "pinned"
     chat_template: Annotated[str | None, says("a Jinja file, instead of the model's own template")] = None
 
 

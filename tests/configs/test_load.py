@@ -34,7 +34,7 @@ OTHER = {
     "model.seed": "7",
     "model.chat_template": "t.jinja",
     "model.step_log": "s.jsonl",
-    "model.cpu_sharing": "pinned",
+    "model.cpu_sharing": "lend",
     "model.quantization": "int8",
     "prefill.replicas": "3",
     "decode.replicas": "2",
