@@ -139,7 +139,7 @@ def open_ledger(config: Config, secret: bytes) -> Ledger | None:
 
 def pin(config: Config, role: str, ledger: Ledger) -> None:
     """Keep the calling thread, the engine's, and what it starts on its worker's own cores, where the model runs on them."""
-    if choose_device(config.model.device) != "cpu":
+    if choose_device(config.model.device).type != "cpu":
         return
     if config.parallel(role).num_ranks > 1 or not pin_thread(ledger.number, num_threads(config, role)):
         log.info("%s is not pinned: only workers of one rank are, and only while there are cores for each", role)

@@ -246,12 +246,12 @@ def test_cores_are_shared_as_asked(tmp_path, monkeypatch):
             assert (cores.num_own, cores.take(0.1)) == (2, 4)
         if ledger is not None:
             ledger.close()
-    asked = config_of(tmp_path, "--set", "decode.num_threads=1")
+    asked = config_of(tmp_path, "--cpu-sharing", "lend", "--set", "decode.num_threads=1")
     ledger = assembly.open_ledger(asked, b"secret")
     cores = assembly.cores_of(asked, "decode", ledger, "cpu")
     assert cores is not None
     assert cores.take(0.1) == 1, "who names a number gets no other"
-    group = config_of(tmp_path, "--decode-tp", "2")
+    group = config_of(tmp_path, "--cpu-sharing", "lend", "--decode-tp", "2")
     cores = assembly.cores_of(group, "decode", ledger, "cpu")
     assert cores is not None
     assert cores.take(0.1) == cores.num_own == 1, "ranks would have to agree"
